@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from data.cpu import packed
 from data.download import InputError, bounded, download, run_command, show
 from data.predictions import PredictionFile, compare, scaling_plot, show_cases, summarize, trade_off_plot
 from t5 import best_device, load_pretrained, pad
@@ -409,15 +410,16 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
         decoding |= {"temperature": temperature, "generator": torch.Generator(device).manual_seed(0)}
     if use_calculator:
         decoding["logits_processor"] = calculator(tokenizer)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        rows = model.generate(pad([encoded[i] for i in chosen], device), **decoding)
-        texts = [tokenizer.decode(row) for row in rows.tolist()]
-        for i in chosen:
-            outputs[i], texts = texts[:samples], texts[samples:]
-            if file:
-                file.add(judge(problems[i], task, prompts[i], outputs[i], cot))
-        show(f"{task}: {min(start + batch_size, len(order))} of {len(order)}")
+    with packed(model.decoder, model.lm_head):  # once for all batches
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            rows = model.generate(pad([encoded[i] for i in chosen], device), **decoding)
+            texts = [tokenizer.decode(row) for row in rows.tolist()]
+            for i in chosen:
+                outputs[i], texts = texts[:samples], texts[samples:]
+                if file:
+                    file.add(judge(problems[i], task, prompts[i], outputs[i], cot))
+            show(f"{task}: {min(start + batch_size, len(order))} of {len(order)}")
     show("")
     return summarize([judge(problems[i], task, prompts[i], outputs[i], cot) for i in range(len(problems))])
 

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.cpu import Dropout, Linear, project
+from data.cpu import Dropout, Linear, computes_in_bf16, packed
 from data.download import InputError, hub_folder, run_command
-from data.weights import check_shapes, open_weights, read_weights, write_safetensors
+from data.weights import check_shapes, joined, open_weights, write_safetensors
 
 PAD, EOS = 0, 1  # the same in every T5; the decoder starts from PAD
 
@@ -153,17 +153,20 @@ class FeedForward(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention without biases and, T5's trap, without the division of the logits by sqrt(d_kv).
 
-    W_q, W_k and W_v lie in one matrix: self-attention takes one product in place of three. Cross-attention uses its
-    rows in two parts, W_q on the decoder's side and (W_k, W_v) on the encoder's.
+    What multiplies the same input lies in one matrix, one product in place of three or two: W_q, W_k and W_v in
+    self-attention; W_k and W_v in cross-attention, whose W_q alone is on the decoder's side.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, is_cross=False):
         super().__init__()
         self.num_heads, self.d_kv = config.num_heads, config.d_kv
-        self.inner = config.num_heads * config.d_kv
+        inner = config.num_heads * config.d_kv
         self.dropout = Dropout(config.dropout_rate)
-        self.qkv = Linear(config.d_model, 3 * self.inner)
-        self.o = Linear(self.inner, config.d_model)
+        if is_cross:
+            self.q, self.kv = Linear(config.d_model, inner), Linear(config.d_model, 2 * inner)
+        else:
+            self.qkv = Linear(config.d_model, 3 * inner)
+        self.o = Linear(inner, config.d_model)
 
     def heads(self, x):
         """(B, n, c*H*K) -> c tensors (B, H, n, K)."""
@@ -172,7 +175,7 @@ class Attention(nn.Module):
 
     def keys_values(self, memory):
         """The encoder's output (B, S, D) as keys and values of cross-attention, each (B, H, S, K)."""
-        return self.heads(project(memory, self.qkv.weight[self.inner :]))
+        return self.heads(self.kv(memory))
 
     def forward(self, x, bias, memory=None, past=None):
         """x (B, n, D); bias (·, H, n, m) is added to the logits. memory: keys and values for cross-attention.
@@ -180,8 +183,7 @@ class Attention(nn.Module):
         past: for self-attention while decoding, a pair (key/value store (2, B, H, T, K), number of tokens in it).
         """
         if memory is not None:
-            (q,) = self.heads(project(x, self.qkv.weight[: self.inner]))
-            k, v = memory
+            (q,), (k, v) = self.heads(self.q(x)), memory
         else:
             q, k, v = self.heads(self.qkv(x))
             if past is not None:
@@ -203,7 +205,7 @@ class Block(nn.Module):
         super().__init__()
         self.self_norm, self.self_attention = RMSNorm(config), Attention(config)
         if is_decoder:
-            self.cross_norm, self.cross_attention = RMSNorm(config), Attention(config)
+            self.cross_norm, self.cross_attention = RMSNorm(config), Attention(config, is_cross=True)
         self.ff_norm, self.ff = RMSNorm(config), FeedForward(config)
         self.is_decoder = is_decoder
         self.dropout = Dropout(config.dropout_rate)
@@ -311,21 +313,20 @@ class T5(nn.Module):
         """Random weights as T5 was pretrained from: embedding 1, every matrix fan_in**-0.5, the queries also
         d_kv**-0.5, which stands for the missing scaling of the attention logits. A head of its own counts as a
         matrix, so that the first loss is about log V."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.weight.normal_(std=module.in_features**-0.5)
-            if isinstance(module, Stack):
-                module.relative_bias.weight.normal_(std=self.config.d_model**-0.5)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.qkv.weight[: module.inner].mul_(self.config.d_kv**-0.5)
+        for name, tensor in self.hf_tensors().items():
+            if name.endswith("relative_attention_bias.weight"):
+                tensor.normal_(std=self.config.d_model**-0.5)
+            elif tensor.dim() == 2:
+                tensor.normal_(std=tensor.shape[1] ** -0.5)
+            if name.endswith(".q.weight"):
+                tensor.mul_(self.config.d_kv**-0.5)
         self.shared.weight.normal_(std=1.0)
 
     def embed(self, ids):
         """Ids (B, n) -> (B, n, D), in the dtype in which all that follows will run: that of the weights, but fp32 on a
         CPU that has no instructions for bf16."""
         x = self.shared(ids)
-        return x.float() if x.is_cpu and not torch.cpu._is_avx512_bf16_supported() else x
+        return x.float() if x.is_cpu and not computes_in_bf16() else x
 
     def encode(self, input_ids, attention_mask):
         """(B, S), (B, S) -> the encoder's output (B, S, D) and the bias (B, 1, 1, S) of attention to it."""
@@ -344,6 +345,26 @@ class T5(nn.Module):
         causal = torch.ones(T, T, dtype=torch.bool, device=memory.device).tril()[None, None]
         return self.logits(self.decoder(self.embed(decoder_input_ids), causal, memory, memory_bias))
 
+    def source_keys_values(self, input_ids, mask):
+        """(B, S), (B, S) -> keys and values of the source in all L decoder blocks (L, 2, B, H, S, K), bias (B, 1, 1, S).
+
+        A CPU takes about 2,048 tokens at a time, whose memory it uses again and again: 32 rows of 470 in 5.2 s, at
+        once in 6.4 (flan-t5-small, two cores). And it cuts each part of the batch where its longest row ends.
+        """
+        B, S = input_ids.shape
+        size = max(1, 2048 // S) if input_ids.is_cpu else B
+        bias = additive(mask[:, None, None, :], self.embed(input_ids[:1, :1]).new_zeros(1))
+        blocks, c = self.decoder.blocks, self.config
+        memory = torch.zeros(len(blocks), 2, B, c.num_heads, S, c.d_kv, dtype=bias.dtype, device=bias.device)
+        ends = (mask * torch.arange(1, S + 1, device=mask.device)).amax(1).clamp(min=1)  # (B,)
+        for start in range(0, B, size):
+            rows = slice(start, start + size)
+            n = int(ends[rows].max())
+            x, _ = self.encode(input_ids[rows, :n], mask[rows, :n])
+            for block, (keys, values) in zip(blocks, memory):
+                keys[rows, :, :n], values[rows, :, :n] = block.cross_attention.keys_values(x)
+        return memory, bias
+
     @torch.no_grad()
     @in_evaluation_mode
     def generate(self, input_ids, attention_mask=None, max_new_tokens=256, temperature=0.0, top_k=0,
@@ -358,75 +379,80 @@ class T5(nn.Module):
         """
         if attention_mask is None:
             attention_mask = input_ids != PAD
-        memory, memory_bias = self.encode(input_ids, attention_mask)
-        memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)
-        device, dtype, T = memory.device, memory_bias.dtype, max_new_tokens
-        B = len(input_ids) * num_samples
         # Keys and values of the source are made once; those of the target go into a store of fixed size.
-        memory = [
-            torch.stack(block.cross_attention.keys_values(memory)).repeat_interleave(num_samples, dim=1)
-            for block in self.decoder.blocks
-        ]  # (2, B, H, S, K) each
-        H, K = self.config.num_heads, self.config.d_kv
-        store = [torch.empty(2, B, H, T, K, device=device, dtype=dtype) for _ in self.decoder.blocks]
+        memory, memory_bias = self.source_keys_values(input_ids, attention_mask.bool())
+        if num_samples > 1:
+            memory, memory_bias = (x.repeat_interleave(num_samples, dim=x.dim() - 4) for x in (memory, memory_bias))
+        (L, _, B, H, S, K), T = memory.shape, max_new_tokens
+        store = memory.new_empty(L, 2, B, H, T, K)
         # The bias depends on the distance alone: the last position's row, cut from the left, serves every step.
-        position = torch.arange(T, device=device)
-        bias = self.decoder.position_bias(position[-1:], position).to(dtype)  # (1, H, 1, T)
+        position = torch.arange(T, device=memory.device)
+        bias = self.decoder.position_bias(position[-1:], position).to(memory.dtype)  # (1, H, 1, T)
 
-        output = torch.full((B, T), PAD, device=device)
-        active = torch.arange(B, device=device)  # rows of `output` that the batch still holds
-        token = torch.full((B,), PAD, device=device)
-        for t in range(T):
-            x = self.embed(token[:, None])  # (B, 1, D)
-            for block, kv, past in zip(self.decoder.blocks, memory, store):
-                x = block(x, bias[..., T - 1 - t :], kv, memory_bias, past=(past, t))
-            logits = self.logits(self.decoder.final_norm(x))[:, 0]  # (B, V)
-            if logits_processor is not None:
-                logits = logits_processor(output[active, :t], logits)
-            token = choose(logits, temperature, top_k, generator)
-            output[active, t] = token
-            ended = token == EOS
-            n = len(active) - int(ended.sum())  # rows that go on
-            if n == 0:
-                return output[:, : t + 1]
-            if n < len(active):
-                # Those behind place n move to the places of those that ended: cheaper than copying all that go on.
-                to, of = ended[:n].nonzero()[:, 0], n + (~ended[n:]).nonzero()[:, 0]
-                for rows in (active, token, memory_bias):
-                    rows[to] = rows[of]
-                for kv in (*memory, *(kv[:, :, :, : t + 1] for kv in store)):
-                    kv[:, to] = kv[:, of]
-                active, token, memory_bias = active[:n], token[:n], memory_bias[:n]
-                memory, store = [kv[:, :n] for kv in memory], [kv[:, :n] for kv in store]
+        output = torch.full((B, T), PAD, device=memory.device)
+        active = torch.arange(B, device=memory.device)  # rows of `output` that the batch still holds
+        token = torch.full((B,), PAD, device=memory.device)
+        with packed(self.decoder, self.lm_head):
+            for t in range(T):
+                x = self.embed(token[:, None])  # (B, 1, D)
+                for block, kv, past in zip(self.decoder.blocks, memory, store):
+                    x = block(x, bias[..., T - 1 - t :], kv, memory_bias, past=(past, t))
+                logits = self.logits(self.decoder.final_norm(x))[:, 0]  # (B, V)
+                if logits_processor is not None:
+                    logits = logits_processor(output[active, :t], logits)
+                token = choose(logits, temperature, top_k, generator)
+                output[active, t] = token
+                ended = token == EOS
+                n = len(active) - int(ended.sum())  # rows that go on
+                if n == 0:
+                    return output[:, : t + 1]
+                if n < len(active):
+                    # Those behind place n move to the places of those that ended: cheaper than copying all that go on.
+                    to, of = ended[:n].nonzero()[:, 0], n + (~ended[n:]).nonzero()[:, 0]
+                    for rows in (active, token, memory_bias):
+                        rows[to] = rows[of]
+                    for kv in (memory, store[..., : t + 1, :]):
+                        kv[:, :, to] = kv[:, :, of]
+                    active, token, memory_bias = active[:n], token[:n], memory_bias[:n]
+                    memory, store = memory[:, :, :n], store[:, :, :n]
         return output
 
-    def hf_tensors(self, of=lambda parameter: parameter.data):
-        """{name in Hugging Face files: tensor}. The tensors are views of the parameters (or of what `of` takes from
-        them, say gradients), rows of them where several matrices lie in one: reading and writing use the same map."""
-        tensors = {"shared.weight": of(self.shared.weight)}
-        for stack_name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
-            for i, block in enumerate(stack.blocks):
-                attentions = [("SelfAttention", block.self_norm, block.self_attention)]
-                if stack.is_decoder:
-                    attentions.append(("EncDecAttention", block.cross_norm, block.cross_attention))
-                for layer, (name, norm, attention) in enumerate(attentions):
-                    at = f"{stack_name}.block.{i}.layer.{layer}."
-                    tensors[at + "layer_norm.weight"] = of(norm.weight)
-                    for letter, rows in zip("qkv", of(attention.qkv.weight).chunk(3)):
-                        tensors[f"{at}{name}.{letter}.weight"] = rows
-                    tensors[f"{at}{name}.o.weight"] = of(attention.o.weight)
-                at = f"{stack_name}.block.{i}.layer.{len(attentions)}."
-                tensors[at + "layer_norm.weight"] = of(block.ff_norm.weight)
-                wi = of(block.ff.wi.weight)
-                for name, rows in zip(("wi_0", "wi_1"), wi.chunk(2)) if block.ff.gated else (("wi", wi),):
-                    tensors[f"{at}DenseReluDense.{name}.weight"] = rows
-                tensors[at + "DenseReluDense.wo.weight"] = of(block.ff.wo.weight)
-            at = f"{stack_name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-            tensors[at] = of(stack.relative_bias.weight)
-            tensors[f"{stack_name}.final_layer_norm.weight"] = of(stack.final_norm.weight)
+    def hf_names(self):
+        """{parameter: the names of its rows' tensors in Hugging Face files}, where several matrices lie in one."""
+        names = {"shared.weight": ["shared.weight"]}
+        for stack, layers, ff in (("encoder", self.config.num_layers, 1), ("decoder", self.config.num_decoder_layers, 2)):
+            names[f"{stack}.relative_bias.weight"] = [
+                f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+            ]
+            names[f"{stack}.final_norm.weight"] = [f"{stack}.final_layer_norm.weight"]
+            parts = {
+                "self_norm": ["0.layer_norm"],
+                "self_attention.qkv": [f"0.SelfAttention.{letter}" for letter in "qkv"],
+                "self_attention.o": ["0.SelfAttention.o"],
+                "cross_norm": ["1.layer_norm"],
+                "cross_attention.q": ["1.EncDecAttention.q"],
+                "cross_attention.kv": [f"1.EncDecAttention.{letter}" for letter in "kv"],
+                "cross_attention.o": ["1.EncDecAttention.o"],
+                "ff_norm": [f"{ff}.layer_norm"],
+                "ff.wi": [f"{ff}.DenseReluDense.{wi}" for wi in (("wi_0", "wi_1") if self.config.feed_forward_proj == "gated-gelu" else ("wi",))],
+                "ff.wo": [f"{ff}.DenseReluDense.wo"],
+            }
+            for i in range(layers):
+                for part, theirs in parts.items():
+                    if stack == "decoder" or not part.startswith("cross"):
+                        names[f"{stack}.blocks.{i}.{part}.weight"] = [f"{stack}.block.{i}.layer.{name}.weight" for name in theirs]
         if not (self.config.tie_word_embeddings and self.config.scale_decoder_outputs):
-            tensors["lm_head.weight"] = of(self.lm_head.weight)
-        return tensors
+            names["lm_head.weight"] = ["lm_head.weight"]
+        return names
+
+    def hf_tensors(self, of=lambda parameter: parameter.data):
+        """{name in Hugging Face files: tensor}: views of the parameters, or of what `of` takes from them, say gradients."""
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        return {
+            name: rows
+            for own, names in self.hf_names().items()
+            for name, rows in zip(names, of(parameters[own]).chunk(len(names)))
+        }
 
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, dropout_rate=None):
@@ -451,16 +477,16 @@ class T5(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         wanted = model.hf_tensors()
+        names = model.hf_names()
         if config.tie_word_embeddings:  # tied but not scaled, as transformers 5 stores it
             wanted.pop("lm_head.weight", None)
+            names["lm_head.weight"] = ["shared.weight"]
         check_shapes(stored, wanted, folder)
-        # What random weights and to_empty() would load of torch on the meta device takes longer than reading the file.
-        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=dtype, device=device))
-        tensors = model.hf_tensors()
-        read_weights(stored, {name: tensors[name] for name in wanted})
+        weights = {own: joined([stored[name] for name in parts]).to(device, dtype) for own, parts in names.items()}
+        model.load_state_dict(weights, assign=True)
         shared = model.shared.weight
-        for name, (shape, read_into) in copies.items():
-            if shape != tuple(shared.shape) or not torch.equal(read_into(torch.empty_like(shared)), shared):
+        for name, tensor in copies.items():
+            if not torch.equal(tensor.to(device, dtype), shared):
                 raise InputError(f"{folder}: {name} differs from shared.weight, which it should be a copy of")
         if config.tie_word_embeddings or torch.equal(model.lm_head.weight, shared):
             config.tie_word_embeddings, model.lm_head.weight = True, shared

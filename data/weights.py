@@ -8,7 +8,6 @@ import math
 import os
 import struct
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -19,16 +18,17 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def open_weights(folder):
-    """The weights of an HF-format folder as {name: (shape, read_into)}; nothing is read yet.
+    """The weights of an HF-format folder as {name: tensor}, the files mapped into memory.
 
-    read_into(tensor) fills a tensor of that shape, in whatever dtype and place it has, and returns it.
+    Nothing is read before it is used, and no memory is taken until a tensor is written to, whose pages then become
+    copies; the file never changes. It must not be changed in place by others as long as its tensors are in use.
     """
     for stem, opener in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
         index = folder / f"{stem}.index.json"
         if (folder / stem).exists():
             return opener(folder / stem)
         if index.exists():
-            return {name: entry for shard in shard_names(index) for name, entry in opener(folder / shard).items()}
+            return {name: tensor for shard in shard_names(index) for name, tensor in opener(folder / shard).items()}
     raise InputError(f"{folder}: no model.safetensors, no pytorch_model.bin and no index of shards of either; fetch one")
 
 
@@ -38,19 +38,22 @@ def check_shapes(stored, tensors, folder):
     faults = [f"missing {name}" for name in tensors if name not in stored]
     faults += [f"unknown {name}" for name in stored if name not in tensors]
     faults += [
-        f"{name} has shape {stored[name][0]}, config.json says {tuple(tensor.shape)}"
+        f"{name} has shape {tuple(stored[name].shape)}, config.json says {tuple(tensor.shape)}"
         for name, tensor in tensors.items()
-        if name in stored and stored[name][0] != tuple(tensor.shape)
+        if name in stored and stored[name].shape != tensor.shape
     ]
     if faults:
         some = "; ".join(faults[:8])
         raise InputError(f"{folder}: {len(faults)} tensors do not fit this T5: {some}. Fetch the folder again")
 
 
-def read_weights(stored, tensors):
-    """Fill tensors, {name: tensor}, with what is stored under these names."""
-    with ThreadPoolExecutor(2) as pool:  # most of the time goes into mapping new memory: half as long by two threads
-        list(pool.map(lambda name: stored[name][1](tensors[name]), tensors))
+def joined(parts):
+    """torch.cat(parts), of 2-D tensors; where they lie one behind the other in a file, without a copy."""
+    first, rows = parts[0], sum(len(part) for part in parts)
+    follows = lambda a, b: b.data_ptr() == a.data_ptr() + a.nbytes and b.dtype == a.dtype  # noqa: E731
+    if all(map(follows, parts, parts[1:])):
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    return torch.cat(parts)
 
 
 def open_safetensors(path):
@@ -59,17 +62,6 @@ def open_safetensors(path):
     Only those bytes are ever interpreted. Raises InputError where header and file disagree.
     """
 
-    def reader(dtype, shape, start):
-        def read_into(tensor):
-            direct = tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous()  # no second copy in memory
-            buffer = tensor.detach() if direct else torch.empty(shape, dtype=dtype)
-            with open(path, "rb") as file:
-                file.seek(start)
-                file.readinto(buffer.view(-1).view(torch.uint8).numpy())
-            return tensor if direct else tensor.copy_(buffer)
-
-        return read_into
-
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -77,7 +69,8 @@ def open_safetensors(path):
             if length > min(size - 8, LONGEST_HEADER):
                 raise ValueError(f"the header claims {length:,} bytes, the file has {size:,}")
             header = json.loads(file.read(length))
-        entries, last = {}, 0
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+        tensors, last = {}, 0
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in DTYPES:
@@ -88,8 +81,11 @@ def open_safetensors(path):
             if not start <= end <= size - 8 - length or end - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} has shape {shape} but bytes {start} to {end} of {size - 8 - length:,}")
             last = end
-            entries[name] = shape, reader(dtype, shape, 8 + length + start)
-        return entries
+            part = data[start:end]
+            if (8 + length + start) % dtype.itemsize:  # a view of numbers must begin at a multiple of their size
+                part = part.clone()
+            tensors[name] = part.view(dtype).view(shape)
+        return tensors
     except FileNotFoundError:
         raise InputError(f"{path}: this shard is missing; fetch it again") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
@@ -105,7 +101,7 @@ def open_bin(path):
     except Exception as error:  # torch.load raises many kinds, none of them documented
         reason = str(error).split(". ")[0]
         raise InputError(f"{path}: not a readable file of weights ({type(error).__name__}: {reason}); fetch it again") from None
-    return {name: (tuple(tensor.shape), lambda to, tensor=tensor: to.copy_(tensor)) for name, tensor in tensors.items()}
+    return tensors
 
 
 def write_safetensors(tensors, path):
