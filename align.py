@@ -56,7 +56,7 @@ def align(teacher, student):
     L, N = len(teacher), len(student)
     if not L or not N:
         return [[] for _ in student]
-    c = (-shared_characters([(teacher, student)])[0]).tolist()  # (L, N)
+    c = (-shared_characters([(teacher, student)])[:, 0]).tolist()  # (L, N)
     f = [[math.inf] * (N + 1) for _ in range(L + 1)]
     f[0][0] = 0
     for i in range(1, L + 1):
@@ -94,30 +94,37 @@ def _align_similar(pairs):
     lengths = np.array([(len(teacher), len(student)) for teacher, student in pairs])  # (P, 2)
     if not lengths.min():
         return [align(*pair) for pair in pairs]
-    cost = -shared_characters(pairs)  # (P, L, N)
-    P, L, N = cost.shape
-    C = np.zeros((P, L, N + 1), dtype=np.int32)
+    cost = -shared_characters(pairs)  # (L, P, N)
+    L, P, N = cost.shape
+    C = np.zeros((L, P, N + 1), dtype=np.int32)
     np.cumsum(cost, axis=2, out=C[:, :, 1:])
-    far = np.int32(2**30)
-    f = np.full((P, L + 1, N + 1), far, dtype=np.int32)
-    f[:, 0, 0] = 0
+    f = np.full((L + 1, P, N + 1), 2**30, dtype=np.int32)
+    f[0, :, 0] = 0
     for i in range(L):
-        best = np.minimum(f[:, i, 1:], f[:, i, :-1]) - C[:, i, :-1]
-        f[:, i + 1, 1:] = C[:, i, 1:] + np.minimum.accumulate(best, axis=1)
+        best = np.minimum(f[i, :, 1:], f[i, :, :-1]) - C[i, :, :-1]
+        f[i + 1, :, 1:] = C[i, :, 1:] + np.minimum.accumulate(best, axis=1)
 
-    first, last = np.full((P, N), L), np.full((P, N), -1)  # the path's teacher tokens at each student token
+    steps = []  # of the paths, the last first
     p, (i, j) = np.arange(P), lengths.T
-    while len(p):
-        first[p, j - 1], last[p, j - 1] = i - 1, np.maximum(last[p, j - 1], i - 1)
-        ways = np.stack([f[p, i - 1, j - 1], f[p, i - 1, j], f[p, i, j - 1]]).argmin(axis=0)  # the first of equals
-        i, j = i - (ways != 2), j - (ways != 1)
-        p, i, j = p[i > 0], i[i > 0], j[i > 0]
-    spans = zip(first.tolist(), (last + 1).tolist(), lengths[:, 1])
-    return [list(map(list, map(range, start[:n], stop[:n]))) for start, stop, n in spans]
+    row, place = P * (N + 1), (i * P + p) * (N + 1) + j  # where f(i, j) of pair p lies in f
+    f = f.reshape(-1)
+    while len(place):
+        steps.append(place)
+        diagonal, up, left = f[place - row - 1], f[place - row], f[place - 1]
+        to_left = (left < diagonal) & (left < up)  # of equals the diagonal
+        place = place - np.where(to_left, 1, np.where(up < diagonal, row, row + 1))
+        place = place[place >= row]
+    i, p, j = np.unravel_index(np.concatenate(steps), (L + 1, P, N + 1))
+    first, last = np.zeros((2, P, N), dtype=int)  # the path's teacher tokens at each student token
+    last[p[::-1], j[::-1] - 1] = i[::-1]  # of several values for a place the last one stays
+    first[p, j - 1] = i - 1
+    numbers = list(range(L))
+    spans = zip(first.tolist(), last.tolist(), lengths[:, 1])
+    return [[numbers[a:b] for a, b in zip(start[:n], stop[:n])] for start, stop, n in spans]
 
 
 def shared_characters(pairs):
-    """How many characters of the text both s_i and t_j write: (P, L, N) for P pairs, 0 beyond a pair's own L and N."""
+    """How many characters of the text both s_i and t_j write: (L, P, N) for P pairs, 0 beyond a pair's own L and N."""
     L, N = (max(len(pair[side]) for pair in pairs) for side in (0, 1))
     cells = []
     for p, (teacher, student) in enumerate(pairs):
@@ -126,10 +133,9 @@ def shared_characters(pairs):
             blocks = matching_blocks(s_text, t_text)
             s_owner = np.concatenate([s_owner[a : a + size] for a, _, size in blocks])
             t_owner = np.concatenate([t_owner[b : b + size] for _, b, size in blocks])
-        cells.append((p * L + s_owner) * N + t_owner)
-    counts = np.zeros(len(pairs) * L * N, dtype=np.int32)
-    np.add.at(counts, np.concatenate(cells), 1)
-    return counts.reshape(len(pairs), L, N)
+        cells.append((s_owner * len(pairs) + p) * N + t_owner)
+    counts = np.bincount(np.concatenate(cells), minlength=L * len(pairs) * N).astype(np.int32)
+    return counts.reshape(L, len(pairs), N)
 
 
 def matching_blocks(s, t):
