@@ -166,22 +166,25 @@ class SparseKL(torch.autograd.Function):
     """The weighted sum over tokens of KL(p || q) with p on k entries and q = softmax(z), computed in fp32.
 
     With m the sum of p, the gradient is d KL / d z_v = m q_v - p_v. Written out it needs one fp32 tensor of the
-    shape of z, which becomes the gradient, where autograd would keep three of them.
+    shape of z: q, which becomes the gradient (so it can be taken once), where autograd would keep three of them.
     """
 
     @staticmethod
     def forward(ctx, z, ids, p, weight):
-        log_sum = z.float().logsumexp(-1, keepdim=True)  # (B, T, 1)
-        ctx.save_for_backward(z, ids, p, weight, log_sum)
-        log_q = z.gather(-1, ids).float() - log_sum  # (B, T, k)
+        q = z.softmax(-1, dtype=torch.float32)  # (B, T, V)
+        log_sum = z.amax(-1, keepdim=True).float() - q.amax(-1, keepdim=True).log()  # of exp z: (B, T, 1)
+        ctx.save_for_backward(q, ids, p, weight)
+        ctx.dtype = z.dtype
+        log_q = z.gather(-1, ids).float() - log_sum  # (B, T, k); the logarithm of q itself could be that of 0
         return ((torch.xlogy(p, p) - p * log_q).sum(-1) * weight).sum()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        z, ids, p, weight, log_sum = ctx.saved_tensors
+        q, ids, p, weight = ctx.saved_tensors
         p = p * (weight * gradient).unsqueeze(-1)
-        d = (z.float() - log_sum).exp_().mul_(p.sum(-1, keepdim=True))  # m q_v
-        return d.scatter_add_(-1, ids, -p).to(z.dtype), None, None, None
+        d = q.mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p)
+        return d.to(ctx.dtype), None, None, None
 
 
 def kl_floor(rows):

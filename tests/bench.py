@@ -1,16 +1,18 @@
-"""Speed against other implementations, in the same process and run: ratios, medians of alternating repetitions.
+"""Speed against other implementations in the same run: ratios, medians of alternating repetitions.
 
     python tests/bench.py                        everything, in minutes
     python tests/bench.py decode loading         some of it
 
 Not a test: nothing here fails because it is slow. It wants transformers, ctranslate2 and editdistance installed, and
 the real data at REAL_DATA (see conftest.py). All models have random weights, of flan-t5-small's shape unless it says
-otherwise, in one file that every implementation reads.
+otherwise, in one file that every implementation reads. transformers runs in this process. CTranslate2 runs in one of
+its own, and once more in this one: it brings another OpenMP, and two of them in a process slow each other down.
 """
 
 import argparse
 import contextlib
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -31,7 +33,10 @@ from align import align, align_batch
 from data.rows import make_rows, training_records
 from eval import evaluate, load, math_prompt
 from specialize import FORMATS, kl_loss, nll_loss, plan_epoch, source
+from data.cpu import packed
 from t5 import EOS, PAD, T5, T5Config, Tokenizer, pad
+
+os.environ.pop("OMP_WAIT_POLICY", None)  # specialize.py sets it for itself; every process here has its libraries' defaults
 
 SHAPES = {
     "small": dict(d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6),
@@ -62,13 +67,16 @@ def faster(what, ours, theirs, target):
 
 @functools.cache
 def checkpoint(size):
-    """A folder with a random model of this size."""
+    """A folder with a random model of this size, its tensors in the order in which transformers stores them."""
+    import transformers
+
     torch.manual_seed(0)
     folder = Path(scratch.name) / size
     model = T5(T5Config(**SHAPES[size], feed_forward_proj="gated-gelu", tie_word_embeddings=False))
     with torch.no_grad():
         model.lm_head.weight[EOS] = 0  # a greedy decoder never ends of itself
-    model.save_pretrained(folder)
+    model.save_pretrained(folder / "ours")
+    transformers.T5ForConditionalGeneration.from_pretrained(folder / "ours").save_pretrained(folder)
     return folder
 
 
@@ -98,6 +106,47 @@ def translator_folder():
                 return T5Loader()(reference(), tokenizer)
 
     return FromMemory().convert(str(Path(scratch.name) / "ctranslate2"))
+
+
+class Translator:
+    """CTranslate2 on sources; a method can be called in another process."""
+
+    def __init__(self, folder, compute_type, threads, tokens):
+        import ctranslate2
+
+        self.translator = ctranslate2.Translator(folder, compute_type=compute_type, inter_threads=1, intra_threads=threads)
+        self.tokens = tokens
+
+    def translate(self):
+        self.translator.translate_batch(
+            self.tokens, beam_size=1, max_decoding_length=64, min_decoding_length=64, max_input_length=0
+        )
+
+
+def serve(connection, *arguments):
+    """Make a Translator here and let it work whenever the connection says so."""
+    translator = Translator(*arguments)
+    while connection.recv():
+        translator.translate()
+        connection.send(True)
+
+
+@contextlib.contextmanager
+def in_a_process_of_its_own(*arguments):
+    """A function that has the Translator of these arguments translate in another process, and waits for it."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=serve, args=(there, *arguments))
+    process.start()
+
+    def translate():
+        here.send(True)
+        here.recv()
+
+    translate()
+    yield translate
+    here.send(False)
+    process.join()
 
 
 def source_ids(B=8, S=256):
@@ -161,29 +210,36 @@ def bench_train(args):
         yield "training step, bf16 autocast / own fp32", "no AVX512-BF16", "", "", "1.5x"
 
 
-def bench_decode(args):
-    """Greedy, B 8, S 256, 64 tokens."""
-    import ctranslate2
+def pack(model):
+    """Pack the weights that decoding uses, and drop them."""
+    with packed(model.decoder, model.lm_head):
+        pass
 
+
+def bench_decode(args):
+    """Greedy, B 8, S 256, 64 tokens. Our weights are packed before, as evaluate() does."""
     sources = source_ids()
     tokens = [[str(i) for i in row] for row in sources.tolist()]
-
-    def translate(compute_type):
-        translator = ctranslate2.Translator(
-            translator_folder(), compute_type=compute_type, inter_threads=1, intra_threads=args.threads
-        )
-        options = dict(beam_size=1, max_decoding_length=64, min_decoding_length=64, max_input_length=0)
-        return lambda: translator.translate_batch(tokens, **options)
-
+    options = dict(attention_mask=torch.ones_like(sources), max_new_tokens=64, min_new_tokens=64, do_sample=False)
+    models = {}
     for dtype, compute_type, targets in ((torch.float32, "float32", ("1.3x", "1x")), (torch.bfloat16, "int8", ("1.4x", "1x"))):
-        ours, theirs, other = T5.from_pretrained(checkpoint("small"), dtype=dtype), reference(dtype=dtype), translate(compute_type)
-        options = dict(attention_mask=torch.ones_like(sources), max_new_tokens=64, min_new_tokens=64, do_sample=False)
-        mine, one, two = medians(
-            lambda: ours.generate(sources, max_new_tokens=64), lambda: theirs.generate(sources, **options), other, repeat=args.repeat
-        )
+        ours, theirs = T5.from_pretrained(checkpoint("small"), dtype=dtype), reference(dtype=dtype)
         name = str(dtype).removeprefix("torch.")
+        arguments = translator_folder(), compute_type, args.threads, tokens
+        models[name] = ours, arguments
+        with packed(ours.decoder, ours.lm_head), in_a_process_of_its_own(*arguments) as other:
+            mine, one, two = medians(
+                lambda: ours.generate(sources, max_new_tokens=64), lambda: theirs.generate(sources, **options), other, repeat=args.repeat
+            )
         yield faster(f"decoding, {name} / transformers", mine, one, targets[0])
         yield faster(f"decoding, {name} / CTranslate2 {compute_type}", mine, two, targets[1])
+        yield "  packing the weights, once for all batches", seconds(*medians(lambda: pack(ours), repeat=args.repeat)), "", "", ""
+    for name, (ours, arguments) in models.items():  # last: CTranslate2's OpenMP stays in this process
+        with packed(ours.decoder, ours.lm_head):
+            mine, two = medians(
+                lambda: ours.generate(sources, max_new_tokens=64), Translator(*arguments).translate, repeat=args.repeat
+            )
+        yield faster(f"  the same in one process, {name} / CTranslate2 {arguments[1]}", mine, two, "1x")
 
 
 def force_ends(ends):
@@ -304,21 +360,23 @@ def bench_loss(args):
 
 
 def bench_loading(args):
-    """From the start of a Python process to a model of flan-t5-base's shape; peak memory against the file."""
+    """From the start of a Python process to a model of flan-t5-base's shape that is ready; peak memory against the file."""
     folder = checkpoint("base")
-    tell = "; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"  # Linux's peak, in kB
     codes = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from t5 import T5; T5.from_pretrained({str(folder)!r})",
         f"from transformers import T5ForConditionalGeneration as T5; T5.from_pretrained({str(folder)!r})",
         "import torch",
     )
-    memory = [0] * len(codes)
-
-    def start(i):
+    # Linux's peak, in kB
+    tell = "; import time; print(time.time(), open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    times, memory = [[], [], []], {}
+    for i in [0, 1, 2] * (args.repeat + 1):
+        start = time.time()
         done = subprocess.run([sys.executable, "-c", codes[i] + tell], capture_output=True, text=True, check=True)
-        memory[i] = int(done.stdout) * 1024
-
-    ours, theirs, torch_alone = medians(*(functools.partial(start, i) for i in range(len(codes))), repeat=args.repeat)
+        ready, kilobytes = map(float, done.stdout.split())
+        times[i].append(ready - start)
+        memory[i] = kilobytes * 1024
+    ours, theirs, torch_alone = (float(np.median(kept[1:])) for kept in times)  # the first may have read from the disk
     yield faster(f"loading ({seconds(torch_alone)} is import torch) / transformers", ours, theirs, "3x")
     size = (folder / "model.safetensors").stat().st_size
     yield "loading, peak memory / file", f"{memory[0] / 1e6:.0f} MB", f"{size / 1e6:.0f} MB", f"{memory[0] / size:.2f}", "1.2"
