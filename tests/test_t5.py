@@ -274,6 +274,14 @@ def test_generation_turns_dropout_off_and_training_mode_back_on():
     assert model.training
 
 
+def test_a_model_can_be_trained_on_what_it_generated():
+    model, prompt = small(), torch.randint(2, 300, (2, 8))
+    ids = model.generate(prompt, max_new_tokens=8)
+    ids[:, 0] = 5
+    model.train()(prompt, prompt != PAD, ids).sum().backward()
+    assert model.shared.weight.grad[5].abs().sum() > 0
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for switch in (False, True):
