@@ -420,35 +420,36 @@ class T5(nn.Module):
         return output
 
     def hf_names(self):
-        """{parameter: the names of its rows' tensors in Hugging Face files}, where several matrices lie in one."""
-        names = {"shared.weight": ["shared.weight"]}
+        """{parameter: the names of the tensors in Hugging Face files that are its rows}, for reading and writing."""
+        wi = ("wi_0", "wi_1") if self.config.feed_forward_proj == "gated-gelu" else ("wi",)
+        names = {"shared": ["shared"]}
         for stack, layers, ff in (("encoder", self.config.num_layers, 1), ("decoder", self.config.num_decoder_layers, 2)):
-            names[f"{stack}.relative_bias.weight"] = [
-                f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-            ]
-            names[f"{stack}.final_norm.weight"] = [f"{stack}.final_layer_norm.weight"]
             parts = {
                 "self_norm": ["0.layer_norm"],
                 "self_attention.qkv": [f"0.SelfAttention.{letter}" for letter in "qkv"],
                 "self_attention.o": ["0.SelfAttention.o"],
-                "cross_norm": ["1.layer_norm"],
-                "cross_attention.q": ["1.EncDecAttention.q"],
-                "cross_attention.kv": [f"1.EncDecAttention.{letter}" for letter in "kv"],
-                "cross_attention.o": ["1.EncDecAttention.o"],
                 "ff_norm": [f"{ff}.layer_norm"],
-                "ff.wi": [f"{ff}.DenseReluDense.{wi}" for wi in (("wi_0", "wi_1") if self.config.feed_forward_proj == "gated-gelu" else ("wi",))],
+                "ff.wi": [f"{ff}.DenseReluDense.{name}" for name in wi],
                 "ff.wo": [f"{ff}.DenseReluDense.wo"],
             }
+            if stack == "decoder":
+                parts |= {
+                    "cross_norm": ["1.layer_norm"],
+                    "cross_attention.q": ["1.EncDecAttention.q"],
+                    "cross_attention.kv": [f"1.EncDecAttention.{letter}" for letter in "kv"],
+                    "cross_attention.o": ["1.EncDecAttention.o"],
+                }
             for i in range(layers):
                 for part, theirs in parts.items():
-                    if stack == "decoder" or not part.startswith("cross"):
-                        names[f"{stack}.blocks.{i}.{part}.weight"] = [f"{stack}.block.{i}.layer.{name}.weight" for name in theirs]
+                    names[f"{stack}.blocks.{i}.{part}"] = [f"{stack}.block.{i}.layer.{name}" for name in theirs]
+            names[f"{stack}.relative_bias"] = [f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"]
+            names[f"{stack}.final_norm"] = [f"{stack}.final_layer_norm"]
         if not (self.config.tie_word_embeddings and self.config.scale_decoder_outputs):
-            names["lm_head.weight"] = ["lm_head.weight"]
-        return names
+            names["lm_head"] = ["lm_head"]
+        return {f"{own}.weight": [f"{name}.weight" for name in theirs] for own, theirs in names.items()}
 
     def hf_tensors(self, of=lambda parameter: parameter.data):
-        """{name in Hugging Face files: tensor}: views of the parameters, or of what `of` takes from them, say gradients."""
+        """{name in Hugging Face files: tensor}: rows of the parameters, or of what `of` takes from them, say gradients."""
         parameters = dict(self.named_parameters(remove_duplicate=False))
         return {
             name: rows
@@ -462,7 +463,8 @@ class T5(nn.Module):
 
         Reads model.safetensors or pytorch_model.bin, whole or in shards, stored in fp32, bf16 or fp16. The weights
         decide whether the head is the embedding: a stored head that differs from it is a head of its own.
-        dropout_rate: in place of config.json's. The model comes in evaluation mode.
+        dropout_rate: in place of config.json's. The model comes in evaluation mode. On the CPU its weights are mapped
+        from the file, which must not be changed in place (save_pretrained never does).
         Raises InputError naming the folder and every missing, unknown or misshapen tensor.
         """
         folder = hub_folder(name_or_dir)
@@ -478,13 +480,13 @@ class T5(nn.Module):
         config.tie_word_embeddings &= "lm_head.weight" not in stored
         with torch.device("meta"):
             model = cls(config)
-        wanted = model.hf_tensors()
-        names = model.hf_names()
+        wanted, names = model.hf_tensors(), model.hf_names()
         if config.tie_word_embeddings:  # tied but not scaled, as transformers 5 stores it
             wanted.pop("lm_head.weight", None)
             names["lm_head.weight"] = ["shared.weight"]
         check_shapes(stored, wanted, folder)
-        weights = {own: joined([stored[name] for name in parts]).to(device, dtype) for own, parts in names.items()}
+        # On the CPU a parameter that is one tensor of the file stays there, mapped into memory.
+        weights = {own: joined([stored[name] for name in theirs]).to(device, dtype) for own, theirs in names.items()}
         model.load_state_dict(weights, assign=True)
         shared = model.shared.weight
         for name, tensor in copies.items():

@@ -48,12 +48,14 @@ def check_shapes(stored, tensors, folder):
 
 
 def joined(parts):
-    """torch.cat(parts), of 2-D tensors; where they lie one behind the other in a file, without a copy."""
-    first, rows = parts[0], sum(len(part) for part in parts)
-    follows = lambda a, b: b.data_ptr() == a.data_ptr() + a.nbytes and b.dtype == a.dtype  # noqa: E731
-    if all(map(follows, parts, parts[1:])):
-        return first.as_strided((rows, *first.shape[1:]), first.stride())
-    return torch.cat(parts)
+    """torch.cat(parts), of 2-D tensors; without a copy where they lie one behind the other in a file."""
+    first = parts[0]
+    adjacent = all(
+        (a.untyped_storage().data_ptr(), a.data_ptr() + a.nbytes, a.dtype)
+        == (b.untyped_storage().data_ptr(), b.data_ptr(), b.dtype)
+        for a, b in zip(parts, parts[1:])
+    )
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride()) if adjacent else torch.cat(parts)
 
 
 def open_safetensors(path):
@@ -61,7 +63,6 @@ def open_safetensors(path):
 
     Only those bytes are ever interpreted. Raises InputError where header and file disagree.
     """
-
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -101,7 +102,7 @@ def open_bin(path):
     except Exception as error:  # torch.load raises many kinds, none of them documented
         reason = str(error).split(". ")[0]
         raise InputError(f"{path}: not a readable file of weights ({type(error).__name__}: {reason}); fetch it again") from None
-    return tensors
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def write_safetensors(tensors, path):
