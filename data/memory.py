@@ -77,7 +77,9 @@ def training_bytes(config, shapes, loss, optimizer="adamw", dtype=torch.float32,
             torch.set_default_dtype(before)
         model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = checkpointing
         parameters = list(model.parameters())
-        if fused:  # on the CPU torch takes such a kernel only where there is neither dropout nor a gradient of the bias
+        if fused:
+            model.embed = lambda ids: model.shared(ids)  # in the weights' dtype, whatever this CPU has instructions for
+            # On the CPU torch takes such a kernel only where there is neither dropout nor a gradient of the bias.
             for stack in (model.encoder, model.decoder):
                 stack.relative_bias.weight.requires_grad_(False)
                 for block in stack.blocks:

@@ -30,19 +30,14 @@ import torch.nn.functional as F
 
 from conftest import REAL_DATA, ROOT
 from align import align, align_batch
+from data.cpu import packed
+from data.memory import flan_config
 from data.rows import make_rows, training_records
 from eval import evaluate, load, math_prompt
-from specialize import FORMATS, kl_loss, nll_loss, plan_epoch, source
-from data.cpu import packed
-from t5 import EOS, PAD, T5, T5Config, Tokenizer, pad
+from specialize import FORMATS, SIZES, kl_loss, nll_loss, plan_epoch, source
+from t5 import EOS, PAD, T5, Tokenizer, pad
 
 os.environ.pop("OMP_WAIT_POLICY", None)  # specialize.py sets it for itself; every process here has its libraries' defaults
-
-SHAPES = {
-    "small": dict(d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6),
-    "base": dict(d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_heads=12),
-}
-
 
 def medians(*functions, repeat):
     """Median seconds of each function; they take turns, so that a slow spell of the machine meets all of them."""
@@ -72,7 +67,7 @@ def checkpoint(size):
 
     torch.manual_seed(0)
     folder = Path(scratch.name) / size
-    model = T5(T5Config(**SHAPES[size], feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    model = T5(flan_config(size))
     with torch.no_grad():
         model.lm_head.weight[EOS] = 0  # a greedy decoder never ends of itself
     model.save_pretrained(folder / "ours")
@@ -154,29 +149,57 @@ def source_ids(B=8, S=256):
     return torch.randint(3, 32000, (B, S), generator=torch.Generator().manual_seed(1))
 
 
+def operations(config, B, S, T):
+    """Those of a forward pass by the shapes of its products: (of the source, of the target)."""
+    D, inner, layers = config.d_model, config.d_kv * config.num_heads, config.num_layers
+    ff = 3 * config.d_ff * D
+    source = layers * (4 * D * inner + ff + 2 * D * inner)  # weights: encoder, and the keys and values made of it
+    target = layers * (6 * D * inner + ff) + config.vocab_size * D
+    attention = 4 * B * layers * inner
+    return 2 * B * S * source + attention * S * S, 2 * B * T * target + attention * T * (T + S)
+
+
+def step_bytes(config, B, S, T, size):
+    """What a decoding step reads: the decoder's weights, the head, keys and values of source and of T tokens, each of
+    `size` bytes."""
+    D, inner, layers = config.d_model, config.d_kv * config.num_heads, config.num_layers
+    weights = layers * (6 * D * inner + 3 * config.d_ff * D) + config.vocab_size * D
+    return size * (weights + B * layers * 2 * inner * (S + T))
+
+
 def bench_roofline(args):
-    """What the machine does at best, and what the work needs: operations by the products' shapes, bytes by the weights
-    and the caches that a step reads. Half the bytes of a decoding step are its output head's and attention's."""
+    """What the machine does at best, and the time that the work of `train` and `decode` needs at that rate."""
     a, b, big = torch.randn(2048, 512), torch.randn(2048, 512), torch.randn(16, 2**22)
     product, half, read = medians(
         lambda: F.linear(a, b), lambda: F.linear(a.bfloat16(), b.bfloat16()), lambda: big.sum(), repeat=15
     )
     rate, bandwidth = 2 * 2048**2 * 512 / product, big.numel() * 4 / read
-    c = SHAPES["small"]
-    D, inner, ff, layers = c["d_model"], c["d_kv"] * c["num_heads"], 3 * c["d_ff"] * c["d_model"], c["num_layers"]
-    encoder = layers * (4 * D * inner + ff)  # weights that every source token meets
-    decoder, cross = layers * (6 * D * inner + ff), layers * 2 * D * inner  # every target token; source tokens, again
-    head = 32128 * D
-    B, S, T = 8, 256, 96
-    attention = 4 * B * layers * inner * (S * S + T * T + T * S)
-    training = 3 * (2 * B * (S * (encoder + cross) + T * (decoder + head)) + attention)
-    encoding = 2 * B * S * (encoder + cross) + 4 * B * layers * inner * S * S
-    step = 4 * (decoder + head + B * layers * 2 * inner * (S + 32))  # bytes: weights, keys and values
+    source, target = operations(flan_config("small"), 8, 256, 96)
+    step = step_bytes(flan_config("small"), 8, 256, 32, 4)
     yield "matrix product", f"{rate / 1e9:.0f} GFLOP/s", f"bf16 {2 * 2048**2 * 512 / half / 1e9:.0f}", "", ""
     yield "memory read", f"{bandwidth / 1e9:.1f} GB/s", "", "", ""
-    yield "  training step at that rate", seconds(training / rate), f"{training / 1e9:.0f} GFLOP", "", ""
-    yield "  source at that rate", seconds(encoding / rate), f"{encoding / 1e9:.0f} GFLOP", "", ""
+    yield "  training step at that rate", seconds(3 * (source + target) / rate), f"{3 * (source + target) / 1e9:.0f} GFLOP", "", ""
+    yield "  source at that rate", seconds(source / rate), f"{source / 1e9:.0f} GFLOP", "", ""
     yield "  decoding step at that bandwidth", seconds(step / bandwidth), f"{step / 1e6:.0f} MB", "", ""
+
+
+def bench_gpu(args):
+    """What limits a GPU of 312 TFLOP/s in bf16, 2 TB/s and 5 microseconds to launch a kernel: arithmetic, nothing run.
+
+    Training: an in-context chain-of-thought micro-batch of the paper's rows, 600 + 125 tokens each. AdamW reads weights,
+    gradients and two moments and writes all but the gradients. Decoding: 64 prompts of 100 tokens, at the 64th token;
+    30 kernels a layer.
+    """
+    for size in ("small", "base", "large", "xl", "xxl"):
+        config = flan_config(size)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in T5(config).parameters())
+        training = 3 * sum(operations(config, SIZES[size]["micro_batch"][0], 600, 125)) / 312e12
+        yield f"{size}: products of a training micro-batch", seconds(training), "", "", ""
+        yield "  weights, gradients and moments in fp32", f"{16 * parameters / 1e9:.1f} GB", "", "", ""
+        yield "  a pass of AdamW", seconds(28 * parameters / 2e12), "", "", ""
+        yield "  bytes of a decoding step", seconds(step_bytes(config, 64, 100, 64, 2) / 2e12), "", "", ""
+        yield "  launches of a decoding step", seconds(30 * config.num_decoder_layers * 5e-6), "", "", ""
 
 
 def bench_train(args):

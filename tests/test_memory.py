@@ -67,6 +67,14 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak_of_a_process(cas
     assert estimated == pytest.approx(measured, rel=0.15)
 
 
+def test_what_is_told_of_a_gpu_does_not_depend_on_this_cpu(monkeypatch):
+    config, told = dataclasses.replace(flan_config("small"), num_layers=2, num_decoder_layers=2), []
+    for has_bf16 in (False, True):
+        monkeypatch.setattr("t5.computes_in_bf16", lambda: has_bf16)
+        told.append(training_bytes(config, [(8, 600, 10, 0)], sp.batch_loss, "adafactor", torch.bfloat16, True, fused=True))
+    assert told[0] == told[1]
+
+
 def test_the_named_shapes_have_the_parameters_of_the_reference(transformers):
     for size in SHAPES:
         ours = dataclasses.replace(flan_config(size), tie_word_embeddings=True)
