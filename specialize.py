@@ -24,7 +24,9 @@ import sys
 import threading
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait by spinning make a busy machine many times slower
+# Threads that wait by spinning make a busy machine many times slower; GNU's OpenMP can spin for a moment and then sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch

@@ -58,14 +58,15 @@ def pack(weight):
     x86 = weight.is_cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if not x86 or torch.is_autocast_enabled("cpu"):
         return None
-    if weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        w = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")
-    weight = weight.float()
-    fits = weight.abs().max() <= torch.finfo(torch.float16).max
-    if fits and not computes_in_bf16() and "fbgemm" in torch.backends.quantized.supported_engines:
-        w = torch.ops.quantized.linear_prepack_fp16(weight, None)
-        return lambda x: torch.ops.quantized.linear_dynamic_fp16.default(x, w)
+    if weight.dtype == torch.float32:
+        if torch.backends.mkldnn.is_available():
+            w = torch.ops.mkldnn._reorder_linear_weight(weight)
+            return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")
+    elif not computes_in_bf16() and "fbgemm" in torch.backends.quantized.supported_engines:
+        weight = weight.float()
+        if weight.abs().max() <= torch.finfo(torch.float16).max:
+            w = torch.ops.quantized.linear_prepack_fp16(weight, None)
+            return lambda x: torch.ops.quantized.linear_dynamic_fp16.default(x, w)
     return None
 
 

@@ -37,7 +37,8 @@ from eval import evaluate, load, math_prompt
 from specialize import FORMATS, SIZES, kl_loss, nll_loss, plan_epoch, source
 from t5 import EOS, PAD, T5, Tokenizer, pad
 
-os.environ.pop("OMP_WAIT_POLICY", None)  # specialize.py sets it for itself; every process here has its libraries' defaults
+for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # specialize.py sets them for itself
+    os.environ.pop(name, None)
 
 def medians(*functions, repeat):
     """Median seconds of each function; they take turns, so that a slow spell of the machine meets all of them."""
