@@ -40,6 +40,7 @@ from t5 import EOS, PAD, T5, Tokenizer, pad
 for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # specialize.py sets them for itself
     os.environ.pop(name, None)
 
+
 def medians(*functions, repeat):
     """Median seconds of each function; they take turns, so that a slow spell of the machine meets all of them."""
     times = [[] for _ in functions]
