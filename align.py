@@ -79,8 +79,8 @@ def align_batch(pairs, cells=2**22):
         f(i, j) = C(j) + min over j' <= j of [min(f(i-1, j'), f(i-1, j'-1)) - C(j'-1)],
     a running minimum, and all pairs share the loop over i. The way back is walked by all pairs together, too.
     """
-    order = sorted(range(len(pairs)), key=lambda p: len(pairs[p][0]))
-    result = [None] * len(pairs)
+    order = sorted((p for p in range(len(pairs)) if all(pairs[p])), key=lambda p: len(pairs[p][0]))
+    result = [[[] for _ in student] for _, student in pairs]
     while order:
         size = max(1, cells // ((len(pairs[order[-1]][0]) + 1) * (max(len(pairs[p][1]) for p in order[-96:]) + 1)))
         chosen = order[-min(size, 96) :]  # the longest first; 96 pairs fill numpy's loops and stay in the cache
@@ -92,13 +92,11 @@ def align_batch(pairs, cells=2**22):
 
 def _align_similar(pairs):
     lengths = np.array([(len(teacher), len(student)) for teacher, student in pairs])  # (P, 2)
-    if not lengths.min():
-        return [align(*pair) for pair in pairs]
     cost = -shared_characters(pairs)  # (L, P, N)
     L, P, N = cost.shape
     C = np.zeros((L, P, N + 1), dtype=np.int32)
     np.cumsum(cost, axis=2, out=C[:, :, 1:])
-    f = np.full((L + 1, P, N + 1), 2**30, dtype=np.int32)
+    f = np.full((L + 1, P, N + 1), 2**30, dtype=np.int32)  # as good as infinite
     f[0, :, 0] = 0
     for i in range(L):
         best = np.minimum(f[i, :, 1:], f[i, :, :-1]) - C[i, :, :-1]
@@ -106,11 +104,10 @@ def _align_similar(pairs):
 
     steps = []  # of the paths, the last first
     p, (i, j) = np.arange(P), lengths.T
-    row, place = P * (N + 1), (i * P + p) * (N + 1) + j  # where f(i, j) of pair p lies in f
-    f = f.reshape(-1)
+    flat, row, place = f.reshape(-1), P * (N + 1), (i * P + p) * (N + 1) + j  # f(i, j) of pair p is flat[place]
     while len(place):
         steps.append(place)
-        diagonal, up, left = f[place - row - 1], f[place - row], f[place - 1]
+        diagonal, up, left = flat[place - row - 1], flat[place - row], flat[place - 1]
         to_left = (left < diagonal) & (left < up)  # of equals the diagonal
         place = place - np.where(to_left, 1, np.where(up < diagonal, row, row + 1))
         place = place[place >= row]

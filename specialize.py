@@ -174,11 +174,11 @@ class SparseKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, ids, p, weight):
         q = z.softmax(-1, dtype=torch.float32)  # (B, T, V)
-        log_sum = z.amax(-1, keepdim=True).float() - q.amax(-1, keepdim=True).log()  # of exp z: (B, T, 1)
         ctx.save_for_backward(q, ids, p, weight)
         ctx.dtype = z.dtype
-        log_q = z.gather(-1, ids).float() - log_sum  # (B, T, k); the logarithm of q itself could be that of 0
-        return ((torch.xlogy(p, p) - p * log_q).sum(-1) * weight).sum()
+        # log q_i from the likeliest token's, since q_i itself may be rounded to 0; where p_i = 0 it does not count.
+        log_q = z.gather(-1, ids).float() - z.amax(-1, keepdim=True).float() + q.amax(-1, keepdim=True).log()  # (B, T, k)
+        return ((torch.xlogy(p, p) - p * log_q.masked_fill(p == 0, 0.0)).sum(-1) * weight).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -178,7 +178,7 @@ class Attention(nn.Module):
         return self.heads(self.kv(memory))
 
     def forward(self, x, bias, memory=None, past=None):
-        """x (B, n, D); bias (·, H, n, m) is added to the logits. memory: keys and values for cross-attention.
+        """x (B, n, D); bias (B or 1, H or 1, n or 1, m) is added to the logits. memory: keys and values for cross-attention.
 
         past: for self-attention while decoding, a pair (key/value store (2, B, H, T, K), number of tokens in it).
         """
@@ -356,7 +356,8 @@ class T5(nn.Module):
         bias = additive(mask[:, None, None, :], self.embed(input_ids[:1, :1]).new_zeros(1))
         blocks, c = self.decoder.blocks, self.config
         memory = torch.zeros(len(blocks), 2, B, c.num_heads, S, c.d_kv, dtype=bias.dtype, device=bias.device)
-        ends = (mask * torch.arange(1, S + 1, device=mask.device)).amax(1).clamp(min=1)  # (B,)
+        ends = (mask * torch.arange(1, S + 1, device=mask.device)).amax(1)  # (B,)
+        ends[ends == 0] = S  # a row that sees nothing looks at all places alike, as in forward()
         for start in range(0, B, size):
             rows = slice(start, start + size)
             n = int(ends[rows].max())
@@ -374,6 +375,7 @@ class T5(nn.Module):
         input_ids, attention_mask: (B, S); without a mask, everything but padding is seen.
         top_k: sample among the k likeliest tokens only (0: all). generator: a torch.Generator on the model's device.
         logits_processor: a function that may change each step's logits: (ids so far (B, t), logits (B, V)) -> (B, V).
+        They are made in torch's inference mode: clone() what is to be kept and used in autograd.
         Returns (B * num_samples, <= max_new_tokens), a prompt's samples beside each other: no start token, </s> kept,
         0 after it. Finished rows leave the batch, and decoding ends with the last of them.
         """
@@ -382,7 +384,8 @@ class T5(nn.Module):
         # Keys and values of the source are made once; those of the target go into a store of fixed size.
         memory, memory_bias = self.source_keys_values(input_ids, attention_mask.bool())
         if num_samples > 1:
-            memory, memory_bias = (x.repeat_interleave(num_samples, dim=x.dim() - 4) for x in (memory, memory_bias))
+            memory = memory.repeat_interleave(num_samples, dim=2)
+            memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)
         (L, _, B, H, S, K), T = memory.shape, max_new_tokens
         store = memory.new_empty(L, 2, B, H, T, K)
         # The bias depends on the distance alone: the last position's row, cut from the left, serves every step.
@@ -463,8 +466,8 @@ class T5(nn.Module):
 
         Reads model.safetensors or pytorch_model.bin, whole or in shards, stored in fp32, bf16 or fp16. The weights
         decide whether the head is the embedding: a stored head that differs from it is a head of its own.
-        dropout_rate: in place of config.json's. The model comes in evaluation mode. On the CPU its weights are mapped
-        from the file, which must not be changed in place (save_pretrained never does).
+        dropout_rate: in place of config.json's. The model comes in evaluation mode. On the CPU the weights that lie in
+        the file as they are needed are mapped from there: it must not be changed in place (save_pretrained never does).
         Raises InputError naming the folder and every missing, unknown or misshapen tensor.
         """
         folder = hub_folder(name_or_dir)
@@ -485,7 +488,6 @@ class T5(nn.Module):
             wanted.pop("lm_head.weight", None)
             names["lm_head.weight"] = ["shared.weight"]
         check_shapes(stored, wanted, folder)
-        # On the CPU a parameter that is one tensor of the file stays there, mapped into memory.
         weights = {own: joined([stored[name] for name in theirs]).to(device, dtype) for own, theirs in names.items()}
         model.load_state_dict(weights, assign=True)
         shared = model.shared.weight
@@ -587,7 +589,8 @@ def main():
     parser.add_argument("model", help="an HF-format folder or a hub name such as google/flan-t5-small")
     parser.add_argument("text", help="the input, e.g. 'Q: What is 2 + 3? A:'")
     parser.add_argument("--device", default=best_device(), help="cpu, cuda or mps (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the weights")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
+                        help="of the weights; float16 overflows in the larger models on a GPU")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default)")
     parser.add_argument("--num-samples", type=int, default=1, help="texts to draw when the temperature is above 0")

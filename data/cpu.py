@@ -18,7 +18,7 @@ def computes_in_bf16():
 class Linear(nn.Linear):
     """x W^T without a bias, in the dtype of x. W gets its values from the model as a whole, so none are drawn here."""
 
-    product = None  # a faster function of x, while `packed` lasts
+    product = None  # a faster function of x, without a gradient, while `packed` lasts
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
@@ -27,7 +27,9 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x):
-        return self.product(x) if self.product else F.linear(x, self.weight.to(x.dtype))
+        if self.product is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x)
 
 
 @contextlib.contextmanager
@@ -55,14 +57,13 @@ def pack(weight):
 
     FBGEMM's 16 bits are fp16's: they hold a bfloat16 exactly from 6e-5 to 65,504, below to within 3e-8.
     """
-    x86 = weight.is_cpu and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if not x86 or torch.is_autocast_enabled("cpu"):
+    if not weight.is_cpu or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
-    if weight.dtype == torch.float32:
-        if torch.backends.mkldnn.is_available():
-            w = torch.ops.mkldnn._reorder_linear_weight(weight)
-            return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")
-    elif not computes_in_bf16() and "fbgemm" in torch.backends.quantized.supported_engines:
+    if weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        w = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return lambda x: torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")
+    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    if weight.dtype in (torch.bfloat16, torch.float16) and has_fbgemm and not computes_in_bf16():
         weight = weight.float()
         if weight.abs().max() <= torch.finfo(torch.float16).max:
             w = torch.ops.quantized.linear_prepack_fp16(weight, None)
@@ -86,7 +87,7 @@ class Dropout(nn.Module):
             return x
         if not x.is_cpu:
             return F.dropout(x, self.p)
-        dropped = round(self.p * 2**16)
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2**16 values
         bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15
+        kept = bits[: x.numel()].view(x.shape) >= dropped - 2**15  # the least int16 is -2**15
         return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))

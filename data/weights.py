@@ -21,7 +21,8 @@ def open_weights(folder):
     """The weights of an HF-format folder as {name: tensor}, the files mapped into memory.
 
     Nothing is read before it is used, and no memory is taken until a tensor is written to, whose pages then become
-    copies; the file never changes. It must not be changed in place by others as long as its tensors are in use.
+    copies; the file never changes. It must not be changed in place by others as long as its tensors are in use. All
+    tensors of a file share one storage: torch.save of one of them would write all, of its clone() only that one.
     """
     for stem, opener in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
         index = folder / f"{stem}.index.json"
@@ -85,7 +86,7 @@ def open_safetensors(path):
             part = data[start:end]
             if (8 + length + start) % dtype.itemsize:  # a view of numbers must begin at a multiple of their size
                 part = part.clone()
-            tensors[name] = part.view(dtype).view(shape)
+            tensors[name] = part.view(dtype).view(shape).data  # for autograd they have nothing to do with each other
         return tensors
     except FileNotFoundError:
         raise InputError(f"{path}: this shard is missing; fetch it again") from None

@@ -30,14 +30,14 @@ import torch.nn.functional as F
 
 from conftest import REAL_DATA, ROOT
 from align import align, align_batch
-from data.cpu import packed
+from data.cpu import Linear, packed
 from data.memory import flan_config
 from data.rows import make_rows, training_records
 from eval import evaluate, load, math_prompt
 from specialize import FORMATS, SIZES, kl_loss, nll_loss, plan_epoch, source
 from t5 import EOS, PAD, T5, Tokenizer, pad
 
-for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # specialize.py sets them for itself
+for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # set by specialize.py, too late for this process; not for those it starts
     os.environ.pop(name, None)
 
 
@@ -123,9 +123,10 @@ class Translator:
 def serve(connection, *arguments):
     """Make a Translator here and let it work whenever the connection says so."""
     translator = Translator(*arguments)
-    while connection.recv():
-        translator.translate()
-        connection.send(True)
+    with contextlib.suppress(EOFError):
+        while connection.recv():
+            translator.translate()
+            connection.send(True)
 
 
 @contextlib.contextmanager
@@ -135,15 +136,19 @@ def in_a_process_of_its_own(*arguments):
     here, there = context.Pipe()
     process = context.Process(target=serve, args=(there, *arguments))
     process.start()
+    there.close()  # so that recv() raises EOFError where the process has died
 
     def translate():
         here.send(True)
         here.recv()
 
-    translate()
-    yield translate
-    here.send(False)
-    process.join()
+    try:
+        translate()
+        yield translate
+        here.send(False)
+    finally:
+        here.close()
+        process.join()
 
 
 def source_ids(B=8, S=256):
@@ -235,7 +240,7 @@ def bench_train(args):
         yield "training step, bf16 autocast / own fp32", "no AVX512-BF16", "", "", "1.5x"
 
 
-def pack(model):
+def pack_and_drop(model):
     """Pack the weights that decoding uses, and drop them."""
     with packed(model.decoder, model.lm_head):
         pass
@@ -258,13 +263,37 @@ def bench_decode(args):
             )
         yield faster(f"decoding, {name} / transformers", mine, one, targets[0])
         yield faster(f"decoding, {name} / CTranslate2 {compute_type}", mine, two, targets[1])
-        yield "  packing the weights, once for all batches", seconds(*medians(lambda: pack(ours), repeat=args.repeat)), "", "", ""
+        yield "  packing the weights, once for all batches", seconds(*medians(lambda: pack_and_drop(ours), repeat=args.repeat)), "", "", ""
     for name, (ours, arguments) in models.items():  # last: CTranslate2's OpenMP stays in this process
         with packed(ours.decoder, ours.lm_head):
             mine, two = medians(
                 lambda: ours.generate(sources, max_new_tokens=64), Translator(*arguments).translate, repeat=args.repeat
             )
         yield faster(f"  the same in one process, {name} / CTranslate2 {arguments[1]}", mine, two, "1x")
+
+
+def bench_step(args):
+    """Where the time of `decode` in fp32 goes: the source, a step, of that the products and the attention to the source."""
+    model, sources = T5.from_pretrained(checkpoint("small")), source_ids()
+    blocks, mask = model.decoder.blocks, sources != PAD
+    layers = [m for module in (model.decoder, model.lm_head) for m in module.modules() if isinstance(m, Linear)]
+    inputs = {m: torch.randn(8, 1, m.in_features) for m in layers if not any(m is b.cross_attention.kv for b in blocks)}
+    with torch.inference_mode(), packed(model.decoder, model.lm_head):
+        memory, bias = model.source_keys_values(sources, mask)
+        q = torch.randn(8, memory.shape[3], 1, memory.shape[5])
+        attend = functools.partial(F.scaled_dot_product_attention, q, attn_mask=bias, scale=1.0)
+        source, one, all, products, attention = medians(
+            lambda: model.source_keys_values(sources, mask),
+            lambda: model.generate(sources, max_new_tokens=1),
+            lambda: model.generate(sources, max_new_tokens=64),
+            lambda: [layer(x) for layer, x in inputs.items()],
+            lambda: [attend(keys, values) for keys, values in memory],
+            repeat=3 * args.repeat,
+        )
+    yield "decoding: the source", seconds(source), "", "", ""
+    yield "  a step", seconds((all - one) / 63), "", "", ""
+    yield "    its products with weights, alone", seconds(products), "", "", ""
+    yield "    its attention to the source, alone", seconds(attention), "", "", ""
 
 
 def force_ends(ends):
@@ -333,7 +362,7 @@ def bench_align(args):
     for n in (50, 100, 200, 400, 800):
         pair = long[0][:n], long[1][: round(n * len(long[1]) / len(long[0]))]
         one, batch = medians(lambda: align(*pair), lambda: align_batch([pair]), repeat=args.repeat)
-        memory = f"{peak(lambda: align(*pair)) / 2**20:.1f} MB"
+        memory = f"{peak(lambda: align(*pair)) / 1e6:.1f} MB"
         yield f"  {n} teacher tokens: align, align_batch, memory of align", seconds(one), seconds(batch), memory, "quadratic"
 
 
@@ -381,7 +410,7 @@ def bench_loss(args):
     mine, other = medians(ours, theirs, repeat=args.repeat)
     yield "kl_loss, time / dense", seconds(mine), seconds(other), f"{mine / other:.2f}", "0.4"
     mine, other = tensor_peak(ours), tensor_peak(theirs)
-    yield "kl_loss, extra memory / dense", f"{mine / 2**20:.0f} MB", f"{other / 2**20:.0f} MB", f"{mine / other:.2f}", "0.4"
+    yield "kl_loss, extra memory / dense", f"{mine / 1e6:.0f} MB", f"{other / 1e6:.0f} MB", f"{mine / other:.2f}", "0.4"
 
 
 def bench_loading(args):

@@ -48,6 +48,23 @@ def test_a_layer_is_packed_once_and_only_as_long_as_it_lasts():
         assert not layer(x).any()
 
 
+def test_a_packed_layer_still_has_gradients_and_obeys_autocast():
+    layer, x = Linear(8, 8), torch.randn(3, 8)
+    layer.weight.data.normal_()
+    with packed(layer):
+        layer(x).sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    assert torch.equal(layer.weight.grad, x.sum(0).expand(8, 8))
+
+
+def test_weights_in_float64_keep_their_precision():
+    layer, x = Linear(8, 8), torch.randn(3, 8, dtype=torch.double)
+    layer.weight.data = torch.randn(8, 8, dtype=torch.double)
+    with torch.no_grad(), packed(layer):
+        assert torch.equal(layer(x), F.linear(x, layer.weight))
+
+
 def test_a_product_with_weights_in_half_precision_has_torchs_gradients():
     torch.manual_seed(0)
     layer, x = Linear(48, 20), torch.randn(3, 48, requires_grad=True)

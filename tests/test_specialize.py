@@ -64,6 +64,20 @@ def test_kl_of_a_one_hot_target_is_the_likelihood():
     assert torch.allclose(sp.kl_loss(logits, ids, one_hot, mask), sp.nll_loss(logits, ids[..., 0], mask))
 
 
+def test_kl_is_exact_where_a_probability_is_rounded_to_0_or_a_logit_is_infinite():
+    logits = torch.tensor([[[-math.inf, 200.0, -200.0, 1e4]]])
+    found = sp.kl_loss(logits, torch.tensor([[[1, 2, 0]]]), torch.tensor([[[0.5, 0.5, 0.0]]]), torch.ones(1, 1))
+    assert found.item() == pytest.approx(1e4 - math.log(2), rel=1e-6)
+
+
+def test_a_graph_is_gone_back_through_once():
+    logits, ids, probs, mask = random_targets()
+    loss = sp.kl_loss(logits, ids, probs, mask)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_no_student_gets_below_the_floor():
     probs = torch.tensor([[0.5, 0.3, 0.1]])
     row = Row("zero_shot_cot", None, None, np.array([[1, 2, 3]]), probs.numpy(), "")

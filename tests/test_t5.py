@@ -309,6 +309,22 @@ def test_a_source_of_padding_alone_gives_no_nan():
     assert small()(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4), torch.tensor([[PAD, 5]])).isfinite().all()
 
 
+def test_a_row_of_padding_alone_is_decoded_as_the_whole_model_would():
+    model, sources = small(), torch.tensor([[5, 6, EOS] + [PAD] * 3, [PAD] * 6])
+    first = model(sources, sources != PAD, torch.full((2, 1), PAD))[:, 0].argmax(-1)
+    assert torch.equal(model.generate(sources, max_new_tokens=1)[:, 0], first)
+
+
+def test_loaded_weights_have_nothing_to_do_with_each_other_for_autograd(tmp_path):
+    small().save_pretrained(tmp_path)
+    model = T5.from_pretrained(tmp_path)
+    before = model.lm_head.weight._version
+    with torch.no_grad():
+        model.shared.weight.mul_(2)
+    assert model.lm_head.weight._version == before
+    assert torch.equal(T5.from_pretrained(tmp_path).shared.weight * 2, model.shared.weight)  # the file is as it was
+
+
 def test_the_tokenizer_agrees_with_transformers(real, transformers):
     folder = real / "tokenizers" / "t5"
     ours = Tokenizer(folder)
