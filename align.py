@@ -80,7 +80,7 @@ def align_batch(pairs, cells=2**22):
     a running minimum, and all pairs share the loop over i. The way back is walked by all pairs together, too.
     """
     order = sorted((p for p in range(len(pairs)) if all(pairs[p])), key=lambda p: len(pairs[p][0]))
-    result = [[[] for _ in student] for _, student in pairs]
+    result = [None if all(pair) else [[] for _ in pair[1]] for pair in pairs]
     while order:
         size = max(1, cells // ((len(pairs[order[-1]][0]) + 1) * (max(len(pairs[p][1]) for p in order[-96:]) + 1)))
         chosen = order[-min(size, 96) :]  # the longest first; 96 pairs fill numpy's loops and stay in the cache

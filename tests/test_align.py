@@ -107,6 +107,12 @@ def test_a_teacher_that_spells_spaces_as_sentencepiece_does_is_read_the_same():
         assert ids.tolist() == [[0, 2, 4], [1, 2, 0]] and np.allclose(probs, [[0.7, 0.2, 0.1], [0.6, 0.3, 0]])
 
 
+def test_what_has_no_token_is_aligned_with_nothing():
+    pairs = [(["a", " b"], ["▁a", "▁b"]), ([], ["▁a", "b"]), (["x"], []), ([], [])]
+    assert align_batch(pairs) == [align(*pair) for pair in pairs] == [[[0], [1]], [[], []], [], []]
+    assert align_batch([]) == []
+
+
 def test_other_alignments_and_unlisted_tokens_give_one_hot_targets():
     steps = [(" $", {" $": 0.5, " 1": 0.5}), ("12", {"12": 0.9}), ("ab", {"ab": 0.9}), ("c", {"d": 0.7})]
     vocab = {"▁$12": 3, "a": 4, "b": 5, "c": 6, "d": 7, "▁1": 8, "12": 9, "ab": 10}
