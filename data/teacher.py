@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.download import InputError, show  # noqa: E402
 from data.records import parse_record  # noqa: E402
+from data.runs import on_interrupt  # noqa: E402
 from eval import DEFAULT_DATA, extract_choice, extract_number, gsm8k_problems, is_correct, load  # noqa: E402
 from eval import math_prompt, read_problems  # noqa: E402
 from t5 import run_command  # noqa: E402
@@ -340,9 +341,13 @@ def sample(teacher, problems, prompt, journal, samples, per_request, parallel):
             teacher.stopping.set()
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(parallel)]
-    for thread in threads:
-        thread.start()
+    interrupted = threading.Event()
     try:
+        with on_interrupt(lambda *_: interrupted.set()):  # one that comes while they start waits until all have
+            for thread in threads:
+                thread.start()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         wait_for(threads, lambda: progress.tell(teacher.without_key(teacher.fault)))
     except KeyboardInterrupt:
         teacher.stopping.set()
