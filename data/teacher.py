@@ -340,31 +340,27 @@ def sample(teacher, problems, prompt, journal, samples, per_request, parallel):
             failed.append(error)
             teacher.stopping.set()
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(parallel)]
-    interrupted = threading.Event()
-    try:
-        with on_interrupt(lambda *_: interrupted.set()):  # one that comes while they start waits until all have
-            for thread in threads:
-                thread.start()
+    def interrupt(*_):
         if interrupted.is_set():
             raise KeyboardInterrupt
-        wait_for(threads, lambda: progress.tell(teacher.without_key(teacher.fault)))
-    except KeyboardInterrupt:
+        interrupted.set()
         teacher.stopping.set()
-        print("\nwaiting for the answers in flight; interrupt again to give them up", file=sys.stderr)
-        wait_for(threads, lambda: None)
-        raise
+        os.write(2, b"\nwaiting for the answers in flight; interrupt again to give them up\n")
+
+    threads, interrupted = [threading.Thread(target=work, daemon=True) for _ in range(parallel)], threading.Event()
+    with on_interrupt(interrupt):  # an exception in start() or join() would take a running thread for one that has ended
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                if not interrupted.is_set():
+                    progress.tell(teacher.without_key(teacher.fault))
+                thread.join(0.2)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     show("")
     if failed:
         raise failed[0]
-
-
-def wait_for(threads, tell):
-    """Wait until all have ended, with a tell() now and then."""
-    for thread in threads:
-        while thread.is_alive():
-            tell()
-            thread.join(0.2)
 
 
 # --- records ---
