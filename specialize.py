@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from data.download import InputError, bounded, run_command
+from data.huggingface import read_config
 from data.memory import device_bytes, flan_config, training_memory
 from data.optimizers import make_optimizer, optimizer_step
 from data.predictions import table
@@ -414,7 +415,7 @@ def plan(args):
     folder, cot = Path(args.model), [FORMATS[name][0] for name in FORMATS]
     if not folder.is_dir() and args.model != SIZES[args.size]["model"]:
         raise InputError(f"--plan --model {args.model}: no such folder; --plan reads a model's config.json there")
-    config = T5Config.from_file(folder / "config.json") if folder.is_dir() else flan_config(args.size)
+    config = read_config(folder / "config.json", T5Config) if folder.is_dir() else flan_config(args.size)
     if args.teacher:
         tokenizer = Tokenizer(args.model)
         rows, summary = training_rows(tokenizer, args.teacher, args.data, args.formats, args.loss)

@@ -14,13 +14,11 @@ Shapes: B batch, S source length, T target length, D d_model, H heads, K d_kv, V
 
 import argparse
 import functools
-import json
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import sentencepiece
 import torch
@@ -30,22 +28,10 @@ from torch.utils.checkpoint import checkpoint
 
 from data.cpu import Dropout, Linear, computes_in_bf16, packed
 from data.download import InputError, hub_folder, run_command
-from data.weights import check_shapes, joined, open_weights, write_safetensors
+from data.huggingface import read_folder, tensor_names, write_config
+from data.weights import check_shapes, joined, write_safetensors
 
 PAD, EOS = 0, 1  # the same in every T5; the decoder starts from PAD
-
-# Copies of shared.weight that some files hold, and a bias that the first T5 1.0 files hold but no T5 uses.
-EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-UNUSED_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-
-
-# What config.json may say for a field of each type.
-ALLOWED = {
-    int: ("a positive whole number below 262,144", lambda value: type(value) is int and 0 < value < 2**18),
-    float: ("a number of at least 0 and below 1", lambda value: type(value) in (int, float) and 0 <= value < 1),
-    bool: ("true or false", lambda value: type(value) is bool),
-    str: ("a text", lambda value: type(value) is str),
-}
 
 
 @dataclass
@@ -81,34 +67,6 @@ class T5Config:
             raise InputError("relative_attention_num_buckets must be 4 or more, and below twice relative_attention_max_distance")
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             raise InputError(f"feed_forward_proj is {self.feed_forward_proj!r}; T5 has 'relu' and 'gated-gelu'")
-
-    @classmethod
-    def from_file(cls, path):
-        """Read config.json; keys that do not shape the model are ignored. Raises InputError naming file and key."""
-        known = {f.name: f.type for f in fields(cls)}
-        try:
-            stored = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(stored, dict) or stored.get("model_type", "t5") != "t5":
-                raise InputError("not the configuration of a T5 (model_type must be 't5')")
-            stored = {key: value for key, value in stored.items() if key in known}
-            for key, value in stored.items():
-                kind, *optional = get_args(known[key]) or (known[key],)
-                if not (ALLOWED[kind][1](value) or optional and value is None):
-                    raise InputError(f"{key} is {value!r}, not {ALLOWED[kind][0]}")
-            return cls(**stored)
-        except (OSError, ValueError, RecursionError, InputError) as error:
-            raise InputError(f"{path}: {error}; fetch it again") from None
-
-    def to_file(self, path):
-        """Write a config.json that `transformers` 4 and 5 read as the same model. (Version 4 has no way to say that a
-        head of its own is scaled; no published T5 is so.)"""
-        stored = asdict(self) | {
-            "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True,
-            "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD,
-            # Version 4 takes this key for the scaling too, and save_pretrained stores the head whenever it is false.
-            "tie_word_embeddings": self.scale_decoder_outputs,
-        }  # fmt: skip
-        Path(path).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class Embedding(nn.Embedding):
@@ -386,7 +344,7 @@ class T5(nn.Module):
         if num_samples > 1:
             memory = memory.repeat_interleave(num_samples, dim=2)
             memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)
-        (L, _, B, H, S, K), T = memory.shape, max_new_tokens
+        (L, _, B, H, _, K), T = memory.shape, max_new_tokens
         store = memory.new_empty(L, 2, B, H, T, K)
         # The bias depends on the distance alone: the last position's row, cut from the left, serves every step.
         position = torch.arange(T, device=memory.device)
@@ -422,41 +380,12 @@ class T5(nn.Module):
                     memory, store = memory[:, :, :n], store[:, :, :n]
         return output
 
-    def hf_names(self):
-        """{parameter: the names of the tensors in Hugging Face files that are its rows}, for reading and writing."""
-        wi = ("wi_0", "wi_1") if self.config.feed_forward_proj == "gated-gelu" else ("wi",)
-        names = {"shared": ["shared"]}
-        for stack, layers, ff in (("encoder", self.config.num_layers, 1), ("decoder", self.config.num_decoder_layers, 2)):
-            parts = {
-                "self_norm": ["0.layer_norm"],
-                "self_attention.qkv": [f"0.SelfAttention.{letter}" for letter in "qkv"],
-                "self_attention.o": ["0.SelfAttention.o"],
-                "ff_norm": [f"{ff}.layer_norm"],
-                "ff.wi": [f"{ff}.DenseReluDense.{name}" for name in wi],
-                "ff.wo": [f"{ff}.DenseReluDense.wo"],
-            }
-            if stack == "decoder":
-                parts |= {
-                    "cross_norm": ["1.layer_norm"],
-                    "cross_attention.q": ["1.EncDecAttention.q"],
-                    "cross_attention.kv": [f"1.EncDecAttention.{letter}" for letter in "kv"],
-                    "cross_attention.o": ["1.EncDecAttention.o"],
-                }
-            for i in range(layers):
-                for part, theirs in parts.items():
-                    names[f"{stack}.blocks.{i}.{part}"] = [f"{stack}.block.{i}.layer.{name}" for name in theirs]
-            names[f"{stack}.relative_bias"] = [f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"]
-            names[f"{stack}.final_norm"] = [f"{stack}.final_layer_norm"]
-        if not (self.config.tie_word_embeddings and self.config.scale_decoder_outputs):
-            names["lm_head"] = ["lm_head"]
-        return {f"{own}.weight": [f"{name}.weight" for name in theirs] for own, theirs in names.items()}
-
     def hf_tensors(self, of=lambda parameter: parameter.data):
         """{name in Hugging Face files: tensor}: rows of the parameters, or of what `of` takes from them, say gradients."""
         parameters = dict(self.named_parameters(remove_duplicate=False))
         return {
             name: rows
-            for own, names in self.hf_names().items()
+            for own, names in tensor_names(self.config).items()
             for name, rows in zip(names, of(parameters[own]).chunk(len(names)))
         }
 
@@ -464,46 +393,35 @@ class T5(nn.Module):
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, dropout_rate=None):
         """Load an HF-format folder, or a hub name (from the local HF cache, else downloaded and kept there).
 
-        Reads model.safetensors or pytorch_model.bin, whole or in shards, stored in fp32, bf16 or fp16. The weights
-        decide whether the head is the embedding: a stored head that differs from it is a head of its own.
+        Reads model.safetensors or pytorch_model.bin, whole or in shards, stored in fp32, bf16 or fp16.
         dropout_rate: in place of config.json's. The model comes in evaluation mode. On the CPU the weights that lie in
         the file as they are needed are mapped from there: it must not be changed in place (save_pretrained never does).
         Raises InputError naming the folder and every missing, unknown or misshapen tensor.
         """
         folder = hub_folder(name_or_dir)
-        config, stored = T5Config.from_file(folder / "config.json"), open_weights(folder)
+        config, stored = read_folder(folder, T5Config)
         if dropout_rate is not None:
             config.dropout_rate = dropout_rate
-        if config.num_layers + config.num_decoder_layers > len(stored):  # checked before anything is made of that size
-            raise InputError(f"{folder}: {len(stored)} tensors, but config.json says {config.num_layers} layers; fetch it again")
-        copies = {name: stored.pop(name) for name in EMBEDDING_COPIES if name in stored}
-        stored.pop(UNUSED_BIAS, None)
-        if copies:
-            stored.setdefault("shared.weight", next(iter(copies.values())))
-        config.tie_word_embeddings &= "lm_head.weight" not in stored
         with torch.device("meta"):
             model = cls(config)
-        wanted, names = model.hf_tensors(), model.hf_names()
-        if config.tie_word_embeddings:  # tied but not scaled, as transformers 5 stores it
-            wanted.pop("lm_head.weight", None)
-            names["lm_head.weight"] = ["shared.weight"]
-        check_shapes(stored, wanted, folder)
-        weights = {own: joined([stored[name] for name in theirs]).to(device, dtype) for own, theirs in names.items()}
+        check_shapes(stored, model.hf_tensors(), folder)
+        weights = {
+            own: joined([stored[name] for name in names]).to(device, dtype)
+            for own, names in tensor_names(config).items()
+        }
         model.load_state_dict(weights, assign=True)
-        shared = model.shared.weight
-        for name, tensor in copies.items():
-            if not torch.equal(tensor.to(device, dtype), shared):
-                raise InputError(f"{folder}: {name} differs from shared.weight, which it should be a copy of")
-        if config.tie_word_embeddings or torch.equal(model.lm_head.weight, shared):
-            config.tie_word_embeddings, model.lm_head.weight = True, shared
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.shared.weight
         return model.eval()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors; each appears whole or not at all. `transformers` loads them."""
-        folder = Path(folder)
+        folder, tensors = Path(folder), self.hf_tensors()
+        if not self.config.scale_decoder_outputs:  # see write_config
+            tensors["lm_head.weight"] = self.lm_head.weight
         folder.mkdir(parents=True, exist_ok=True)
-        self.config.to_file(folder / "config.json.tmp")
-        write_safetensors(self.hf_tensors(), folder / "model.safetensors.tmp")
+        write_config(self.config, folder / "config.json.tmp")
+        write_safetensors(tensors, folder / "model.safetensors.tmp")
         for name in ("config.json", "model.safetensors"):
             os.replace(folder / f"{name}.tmp", folder / name)
 

@@ -9,9 +9,10 @@ import tiktoken
 
 from align import align, align_batch, draw, one_to_one, transfer
 from conftest import TOY
+from data.calculator import computed
 from data.records import parse_record
 from data.rows import make_rows
-from eval import computed, extract_choice, extract_number, gold, is_correct, is_correct_by_authors
+from eval import extract_choice, extract_number, gold, is_correct, is_correct_by_authors
 from t5 import EOS, Tokenizer
 
 ALPHABETS = [
