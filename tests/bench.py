@@ -174,16 +174,23 @@ def step_bytes(config, B, S, T, size):
     return size * (weights + B * layers * 2 * inner * (S + T))
 
 
-def bench_roofline(args):
-    """What the machine does at best, and the time that the work of `train` and `decode` needs at that rate."""
+@functools.cache
+def machine():
+    """What the machine does at best: matrix products in operations a second, in fp32 and in bf16, and reading memory in
+    bytes a second."""
     a, b, big = torch.randn(2048, 512), torch.randn(2048, 512), torch.randn(16, 2**22)
     product, half, read = medians(
         lambda: F.linear(a, b), lambda: F.linear(a.bfloat16(), b.bfloat16()), lambda: big.sum(), repeat=15
     )
-    rate, bandwidth = 2 * 2048**2 * 512 / product, big.numel() * 4 / read
+    return 2 * 2048**2 * 512 / product, 2 * 2048**2 * 512 / half, big.numel() * 4 / read
+
+
+def bench_roofline(args):
+    """What the machine does at best, and the time that the work of `train` and `decode` needs at that rate."""
+    rate, half, bandwidth = machine()
     source, target = operations(flan_config("small"), 8, 256, 96)
     step = step_bytes(flan_config("small"), 8, 256, 32, 4)
-    yield "matrix product", f"{rate / 1e9:.0f} GFLOP/s", f"bf16 {2 * 2048**2 * 512 / half / 1e9:.0f}", "", ""
+    yield "matrix product", f"{rate / 1e9:.0f} GFLOP/s", f"bf16 {half / 1e9:.0f}", "", ""
     yield "memory read", f"{bandwidth / 1e9:.1f} GB/s", "", "", ""
     yield "  training step at that rate", seconds(3 * (source + target) / rate), f"{3 * (source + target) / 1e9:.0f} GFLOP", "", ""
     yield "  source at that rate", seconds(source / rate), f"{source / 1e9:.0f} GFLOP", "", ""
@@ -480,6 +487,14 @@ def bench_evaluation(args):
 
     mine, other = medians(lambda: evaluate(ours, tokenizer, problems, prompt, batch_size=32, max_new_tokens=128), plain, repeat=1)
     yield faster(f"evaluation, {len(problems)} GSM8K problems / plain transformers", mine, other, "2.5x")
+    config, (rate, _, bandwidth) = ours.config, machine()
+    sizes = [(len(tokenizer.encode(text)), min(tokens, 128)) for text, tokens in wanted.items()]  # of source and target
+    products = [sum(side) / rate for side in zip(*(operations(config, 1, *size) for size in sizes))]
+    reading = sum(4 * config.num_layers * 2 * config.num_heads * config.d_kv * S * T for S, T in sizes) / bandwidth
+    best = sum(products) + reading
+    for what, value in zip(("source's products", "target's products", "keys and values of the source"), (*products, reading)):
+        yield f"  {what} at the machine's best rate", seconds(value), "", "", ""
+    yield "  all of these, and the ratio that they allow", seconds(best), seconds(other), f"{other / best:.2f}x", ""
 
 
 BENCHES = {name.removeprefix("bench_"): function for name, function in list(globals().items()) if name.startswith("bench_")}
