@@ -250,7 +250,7 @@ NUMBER = re.compile(
 
 
 def extract_number(text):
-    """The final answer of a math solution: the last number in it, as the paper counts; None if there is none."""
+    """The final answer of a math solution: the last number in it; None if there is none."""
     match = None
     for match in NUMBER.finditer(text):
         pass
@@ -315,13 +315,13 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
              use_calculator=False, task="gsm8k", cot=True, file=None):  # fmt: skip
     """Accuracy of a model on problems: greedy, or by majority vote over samples drawn at a temperature.
 
-    prompt: a function from question to input; by default zero-shot chain of thought. Problems of similar length share
+    prompt: a function from question to input; by default zero-shot math. Problems of similar length share
     a batch, so that little is padded. file: a PredictionFile; what it knows is not generated again, only judged.
     Returns an Evaluation with the predictions in the order of the problems. Raises InputError where there is none.
     """
     if not problems:
         raise InputError(f"{task}: no problem to evaluate")
-    prompt = prompt or functools.partial(math_prompt, cot=True)
+    prompt = prompt or functools.partial(math_prompt, cot=cot)
     prompts = [prompt(problem.question) for problem in problems]
     outputs = [file.outputs(task, text) if file else None for text in prompts]
     encoded = {i: tokenizer.encode(text) for i, text in enumerate(prompts) if outputs[i] is None}
@@ -349,14 +349,15 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
 def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None, shots=0, **options):
     """evaluate() on a task by name. "bbh" is all BBH tasks: the mean over tasks, with the benchmark's demonstrations.
 
-    limit: at most that many problems (of each task). shots: demonstrations from GSM8K's training set for math tasks.
+    split: of a math set; BBH has a test part alone. limit: at most that many problems (of each task). shots:
+    demonstrations from GSM8K's training set for math tasks.
     """
     if task == "bbh":
         parts = [
             evaluate_task(model, tokenizer, name, cot, "test", folder, limit, **options) for name in bbh_tasks(folder)
         ]
         return summarize([prediction for part in parts for prediction in part.predictions])
-    problems = load(task, split, folder)[:limit]
+    problems = load(task, split if task in MATH else "test", folder)[:limit]
     if task in MATH:
         demonstrations = random.Random(0).sample(load("gsm8k", "train", folder), shots) if shots else ()
         prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
@@ -400,7 +401,7 @@ def parse_arguments():
 
 
 def weights_id(model):
-    """A short hash that another training or another precision changes: of a few numbers of every weight."""
+    """A short hash that tells one training's weights from another's: of the first 64 numbers of every parameter."""
     few = [parameter.detach().flatten()[:64].float().cpu().numpy().tobytes() for parameter in model.parameters()]
     return hashlib.sha256(b"".join(few)).hexdigest()[:16]
 

@@ -48,7 +48,7 @@ class T5Config:
 
     tie_word_embeddings: the output head is the embedding matrix.
     scale_decoder_outputs: the decoder's output is scaled by d_model**-0.5 before the head. T5 1.0 ties and scales,
-    1.1 and FlanT5 do neither, so `transformers` 4 used one key for both; its version 5 writes both keys.
+    1.1 and FlanT5 do neither, so `transformers` 4 has one key for both; its version 5 has two.
     """
 
     vocab_size: int = 32128
@@ -143,13 +143,13 @@ class Attention(nn.Module):
         """The encoder's output (B, S, D) as keys and values of cross-attention, each (B, H, S, K)."""
         return self.heads(self.kv(memory))
 
-    def forward(self, x, bias, memory=None, past=None):
-        """x (B, n, D); bias (B or 1, H or 1, n or 1, m) is added to the logits. memory: keys and values for cross-attention.
+    def forward(self, x, bias, memory_kv=None, past=None):
+        """x (B, n, D); bias (B or 1, H or 1, n or 1, m) is added to the logits. memory_kv: keys_values() for cross-attention.
 
         past: for self-attention while decoding, a pair (key/value store (2, B, H, T, K), number of tokens in it).
         """
-        if memory is not None:
-            (q,), (k, v) = self.heads(self.q(x)), memory
+        if memory_kv is not None:
+            (q,), (k, v) = self.heads(self.q(x)), memory_kv
         else:
             q, k, v = self.heads(self.qkv(x))
             if past is not None:
@@ -176,13 +176,14 @@ class Block(nn.Module):
         self.is_decoder = is_decoder
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x, bias, memory=None, memory_bias=None, past=None):
-        """x (B, n, D) -> (B, n, D). memory: the encoder's output (B, S, D), or its keys and values (2, B, H, S, K)."""
+    def forward(self, x, bias, memory=None, memory_bias=None, memory_kv=None, past=None):
+        """x (B, n, D) -> (B, n, D). A decoder's also takes memory, the encoder's output (B, S, D), or in its place, where
+        they have been made before, its keys and values memory_kv (2, B, H, S, K)."""
         x = x + self.dropout(self.self_attention(self.self_norm(x), bias, past=past))
         if self.is_decoder:
-            if memory.dim() == 3:
-                memory = self.cross_attention.keys_values(memory)
-            x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory_bias, memory))
+            if memory_kv is None:
+                memory_kv = self.cross_attention.keys_values(memory)
+            x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory_bias, memory_kv))
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
 
@@ -278,7 +279,7 @@ class T5(nn.Module):
     def init_weights(self):
         """Random weights as T5 was pretrained from: embedding 1, every matrix fan_in**-0.5, the queries also
         d_kv**-0.5, which stands for the missing scaling of the attention logits. A head of its own counts as a
-        matrix, so that the first loss is about log V."""
+        matrix, so that the first loss is near log V."""
         for name, tensor in self.hf_tensors().items():
             if name.endswith("relative_attention_bias.weight"):
                 tensor.normal_(std=self.config.d_model**-0.5)
@@ -321,16 +322,16 @@ class T5(nn.Module):
         size = max(1, 2048 // S) if input_ids.is_cpu else B
         bias = additive(mask[:, None, None, :], self.embed(input_ids[:1, :1]).new_zeros(1))
         blocks, c = self.decoder.blocks, self.config
-        memory = torch.zeros(len(blocks), 2, B, c.num_heads, S, c.d_kv, dtype=bias.dtype, device=bias.device)
+        memory_kv = torch.zeros(len(blocks), 2, B, c.num_heads, S, c.d_kv, dtype=bias.dtype, device=bias.device)
         ends = (mask * torch.arange(1, S + 1, device=mask.device)).amax(1)  # (B,)
         ends[ends == 0] = S  # a row that sees nothing looks at all places alike, as in forward()
         for start in range(0, B, size):
             rows = slice(start, start + size)
             n = int(ends[rows].max())
-            x, _ = self.encode(input_ids[rows, :n], mask[rows, :n])
-            for block, (keys, values) in zip(blocks, memory):
-                keys[rows, :, :n], values[rows, :, :n] = block.cross_attention.keys_values(x)
-        return memory, bias
+            memory, _ = self.encode(input_ids[rows, :n], mask[rows, :n])
+            for block, (keys, values) in zip(blocks, memory_kv):
+                keys[rows, :, :n], values[rows, :, :n] = block.cross_attention.keys_values(memory)
+        return memory_kv, bias
 
     @torch.no_grad()
     @in_evaluation_mode
@@ -348,25 +349,25 @@ class T5(nn.Module):
         if attention_mask is None:
             attention_mask = input_ids != PAD
         # Keys and values of the source are made once; those of the target go into a store of fixed size.
-        memory, memory_bias = self.source_keys_values(input_ids, attention_mask.bool())
+        memory_kv, memory_bias = self.source_keys_values(input_ids, attention_mask.bool())
         if num_samples > 1:
-            memory = memory.repeat_interleave(num_samples, dim=2)
+            memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)
             memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)
-        (L, _, B, H, _, K), T = memory.shape, max_new_tokens
-        store = memory.new_empty(L, 2, B, H, T, K)
+        (L, _, B, H, _, K), T = memory_kv.shape, max_new_tokens
+        store = memory_kv.new_empty(L, 2, B, H, T, K)
         # The bias depends on the distance alone: the last position's row, cut from the left, serves every step.
-        position = torch.arange(T, device=memory.device)
-        bias = self.decoder.position_bias(position[-1:], position).to(memory.dtype)  # (1, H, 1, T)
+        position = torch.arange(T, device=memory_kv.device)
+        bias = self.decoder.position_bias(position[-1:], position).to(memory_kv.dtype)  # (1, H, 1, T)
 
-        output = torch.full((B, T), PAD, device=memory.device)
-        active = torch.arange(B, device=memory.device)  # rows of `output` that the batch still holds
-        token = torch.full((B,), PAD, device=memory.device)
+        output = torch.full((B, T), PAD, device=memory_kv.device)
+        active = torch.arange(B, device=memory_kv.device)  # rows of `output` that the batch still holds
+        token = torch.full((B,), PAD, device=memory_kv.device)
         # Inference mode keeps no record of views and versions: an eighth of the time of a step of tiny tensors.
         with torch.inference_mode(), packed(self.decoder, self.lm_head):
             for t in range(T):
                 x = self.embed(token[:, None])  # (B, 1, D)
-                for block, kv, past in zip(self.decoder.blocks, memory, store):
-                    x = block(x, bias[..., T - 1 - t :], kv, memory_bias, past=(past, t))
+                for block, kv, past in zip(self.decoder.blocks, memory_kv, store):
+                    x = block(x, bias[..., T - 1 - t :], memory_bias=memory_bias, memory_kv=kv, past=(past, t))
                 logits = self.logits(self.decoder.final_norm(x))[:, 0]  # (B, V)
                 if logits_processor is not None:
                     logits = logits_processor(output[active, :t], logits)
@@ -382,10 +383,10 @@ class T5(nn.Module):
                     to, of = ended[:n].nonzero()[:, 0], n + (~ended[n:]).nonzero()[:, 0]
                     for rows in (active, token, memory_bias):
                         rows[to] = rows[of]
-                    for kv in (memory, store[..., : t + 1, :]):
+                    for kv in (memory_kv, store[..., : t + 1, :]):
                         kv[:, :, to] = kv[:, :, of]
                     active, token, memory_bias = active[:n], token[:n], memory_bias[:n]
-                    memory, store = memory[:, :, :n], store[:, :, :n]
+                    memory_kv, store = memory_kv[:, :, :n], store[:, :, :n]
         return output
 
     def hf_tensors(self, of=lambda parameter: parameter.data):
@@ -402,9 +403,10 @@ class T5(nn.Module):
         """Load an HF-format folder, or a hub name (from the local HF cache, else downloaded and kept there).
 
         Reads model.safetensors or pytorch_model.bin, whole or in shards, stored in fp32, bf16 or fp16.
-        dropout_rate: in place of config.json's. The model comes in evaluation mode. On the CPU the weights that lie in
-        the file as they are needed are mapped from there: it must not be changed in place (save_pretrained never does).
-        Raises InputError naming the folder and every missing, unknown or misshapen tensor.
+        dropout_rate: in place of config.json's, and saved with the model, which comes in evaluation mode. On the CPU the
+        weights that lie in the file as they are needed are mapped from there: it must not be changed in place
+        (save_pretrained never does).
+        Raises InputError naming the folder and what is missing, unknown or misshapen.
         """
         folder = hub_folder(name_or_dir)
         config, stored = read_folder(folder, T5Config)

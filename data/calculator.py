@@ -19,7 +19,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 def calculate(expression):
     """The value of an arithmetic expression as a Fraction. It is parsed, never run.
 
-    Raises ValueError (SyntaxError, ZeroDivisionError) where it is anything but numbers, + - * / and brackets.
+    Raises ValueError, SyntaxError or ZeroDivisionError where it is anything but numbers, + - * / and brackets.
     """
 
     def value(node):
@@ -37,11 +37,12 @@ def calculate(expression):
 
 def computed(text):
     """What belongs behind a text that ends in "=": the value of the arithmetic expression before it, as the text has
-    its numbers (exact to four decimals, with "$" if it has one); None where no operation stands there."""
+    its numbers (rounded to four decimals, with "$" if it has one); None where no operation stands there, or where
+    nothing of the value is left of the rounding."""
     match = EXPRESSION.search(text.removesuffix("=").rstrip())
     written = match[0].strip() if match else ""
-    if re.match(r"[+*/×÷x]|[-−] ", written):  # its first operand is a word
-        return None
+    if re.match(r"[+*/×÷x]|[-−] ", written) or re.search(r"[\d)]\s+\(", written):
+        return None  # its first operand is a word, or an operator is missing
     words = written.translate(str.maketrans("×÷−x", "*/-*", "$,")).split()
     for start in range(len(words)):  # "In 2019 24 + 3 =": the leading numbers may be no part of it
         expression = " ".join(words[start:])
@@ -52,14 +53,17 @@ def computed(text):
         if re.fullmatch(r"-?[\d.]+", expression):  # a lone number: nothing to compute
             return None
         decimals = f"{float(number):.4f}".rstrip("0").rstrip(".")
+        if number and float(decimals) == 0:
+            return None
         return "$" * ("$" in written) + (str(number) if number.denominator == 1 else decimals)
     return None
 
 
 def calculator(tokenizer):
     """A logits processor for generate(): after an arithmetic expression and "=" the model must write the value, and
-    must not add digits to it (Cobbe et al., 2021, arXiv 2110.14168)."""
+    must not add digits to it, nor decimals (Cobbe et al., 2021, arXiv 2110.14168)."""
     equals = {i for i, piece in enumerate(tokenizer.pieces) if piece.endswith("=")}
+    points = {i for i, piece in enumerate(tokenizer.pieces) if piece in (".", ",")}
     digits = [i for i, piece in enumerate(tokenizer.pieces) if re.match(r"[.,]?\d", piece)]
 
     @functools.lru_cache(maxsize=4096)
@@ -75,7 +79,7 @@ def calculator(tokenizer):
             start = max((t + 1 for t, i in enumerate(ids) if i in equals), default=0)
             value = value_ids(tuple(ids[:start])) if start else []
             written = ids[start:]
-            if value and written == value:
+            if value and (written == value or written[:-1] == value and written[-1] in points):
                 logits[row, digits] = -math.inf
             elif value and written == value[: len(written)]:
                 logits[row] = -math.inf

@@ -25,6 +25,8 @@ ALLOWED = {
     bool: ("true or false", lambda value: type(value) is bool),
     str: ("a text", lambda value: type(value) is str),
 }
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}  # the same in every T5
+ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}  # feed_forward_proj's name for it, and dense_act_fn's
 
 
 def read_config(path, config_class):
@@ -37,25 +39,30 @@ def read_config(path, config_class):
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(stored, dict) or stored.get("model_type", "t5") != "t5":
             raise InputError("not the configuration of a T5 (model_type must be 't5')")
-        stored = {key: value for key, value in stored.items() if key in known}
         for key, value in stored.items():
-            kind, *optional = get_args(known[key]) or (known[key],)
-            if not (ALLOWED[kind][1](value) or optional and value is None):
-                raise InputError(f"{key} is {value!r}, not {ALLOWED[kind][0]}")
-        return config_class(**stored)
+            if key in known:
+                kind, *optional = get_args(known[key]) or (known[key],)
+                if not (ALLOWED[kind][1](value) or optional and value is None):
+                    raise InputError(f"{key} is {value!r}, not {ALLOWED[kind][0]}")
+        config = config_class(**{key: value for key, value in stored.items() if key in known})
+        for key, only in (IDS | {"dense_act_fn": ACTIVATIONS[config.feed_forward_proj]}).items():
+            if stored.get(key, only) != only:
+                raise InputError(f"{key} is {stored[key]!r}; in a T5 of this kind it is {only!r}")
+        return config
     except (OSError, ValueError, RecursionError, InputError) as error:
         raise InputError(f"{path}: {error}; fetch it again") from None
 
 
 def write_config(config, path):
-    """Write a config.json that `transformers` 4 and 5 read as the same model. (Version 4 has no way to say that a head
-    of its own is scaled; no published T5 is so.)"""
-    stored = asdict(config) | {
-        "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True,
-        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
-        # Version 4 takes this key for the scaling too, and T5.save_pretrained stores the head whenever it is false.
-        "tie_word_embeddings": config.scale_decoder_outputs,
-    }  # fmt: skip
+    """Write a config.json that `transformers` 4 and 5 read as the same model.
+
+    To version 4 tie_word_embeddings says that the head is the embedding *and* that the decoder's output is scaled, so it
+    is written as the latter, and where it is false T5.save_pretrained stores the head, be it the embedding or not. One
+    kind is beyond version 4, which no published T5 is of: scaled, with a head of its own.
+    """
+    scaled = config.scale_decoder_outputs
+    stored = asdict(config) | IDS | {"model_type": "t5", "is_encoder_decoder": True, "tie_word_embeddings": scaled}
+    stored["architectures"] = ["T5ForConditionalGeneration"]
     Path(path).write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -82,8 +89,9 @@ def read_folder(folder, config_class):
 
 
 def same(a, b):
-    """Whether two stored tensors are equal, in whatever dtypes."""
-    return a.shape == b.shape and torch.equal(a, b.to(a.dtype))
+    """Whether two stored tensors are equal, number by number, in whatever dtypes."""
+    both = torch.promote_types(a.dtype, b.dtype)
+    return a.shape == b.shape and torch.equal(a.to(both), b.to(both))
 
 
 def tensor_names(config):

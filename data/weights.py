@@ -49,7 +49,7 @@ def check_shapes(stored, tensors, folder):
 
 
 def joined(parts):
-    """torch.cat(parts), of 2-D tensors; without a copy where they lie one behind the other in a file."""
+    """torch.cat(parts); without a copy where they lie one behind the other in a file."""
     first = parts[0]
     adjacent = all(
         (a.untyped_storage().data_ptr(), a.data_ptr() + a.nbytes, a.dtype)
@@ -111,6 +111,8 @@ def write_safetensors(tensors, path):
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise InputError(f"{path}: {name} is in {tensor.dtype}; weights are saved in fp32, fp16 or bf16")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()

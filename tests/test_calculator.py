@@ -19,6 +19,7 @@ from t5 import Tokenizer, load_pretrained
         ("is 72. 72 − 2 =", "70"), ("12 ÷ 5 =", "2.4"), ("5 - 10 =", "-5"), ("x = 5 =", None), ("3 apples + 4 =", None),
         ("20% * 5 =", None), ("1/0 =", None), ("2**3 =", None), ("9//2 =", None), ("1e5 + 1 =", None), ("7 =", None),
         ("=", None), ("((((1 + 2 =", None), ("__import__('os') + 1 =", None), ("()" * 400 + "=", None),
+        ("2 (3 + 4) =", None), ("(1 + 2) (3 + 4) =", None), ("1 / 100000 =", None), ("0 - 1 / 100000 =", None), ("3 - 3 =", "0"),
     ],
 )  # fmt: skip
 def test_the_calculator_computes_arithmetic_and_nothing_else(text, value):
@@ -50,6 +51,8 @@ def test_the_calculator_forces_the_value_digit_by_digit(vocabulary, request):
         assert tokenizer.decode(ids) == text + end
         barred = {tokenizer.pieces[i] for i in (~scores.isfinite()).nonzero()[:, 0]}
         assert {"0", "5"} <= barred and not {"▁", ".", "▁The"} & barred
+        scores = process(torch.tensor([[*ids, tokenizer.pieces.index(".")]]), torch.zeros(1, len(tokenizer.pieces)))[0]
+        assert barred == {tokenizer.pieces[i] for i in (~scores.isfinite()).nonzero()[:, 0]}  # nor decimals
     free = process(torch.tensor([tokenizer.encode("It is 7 =")[:-1]]), torch.zeros(1, len(tokenizer.pieces)))
     assert free.isfinite().all()
 

@@ -149,6 +149,29 @@ def damaged(reference, tmp_path, change):
     return tmp_path
 
 
+def test_a_head_that_differs_from_the_embedding_by_a_rounding_stays_a_head_of_its_own(reference, transformers, tmp_path):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["shared.weight"].bfloat16()
+
+    damaged(reference, tmp_path, change)
+    ours, theirs = T5.from_pretrained(tmp_path), transformers.T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight) and not ours.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("key, value", [("eos_token_id", 2), ("decoder_start_token_id", 1), ("dense_act_fn", "silu")])
+def test_a_model_that_ends_or_begins_or_computes_in_another_way_is_refused(tmp_path, key, value):
+    T5(T5Config(**SHAPE)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=f"config.json: {key} is {value!r}"):
+        T5.from_pretrained(tmp_path)
+
+
+def test_a_dtype_that_no_checkpoint_has_is_refused_by_name(tmp_path):
+    with pytest.raises(InputError, match="torch.float64"):
+        T5(T5Config(**SHAPE)).double().save_pretrained(tmp_path)
+
+
 def test_missing_unknown_and_misshapen_tensors_are_named(reference, tmp_path):
     def change(tensors):
         del tensors["encoder.final_layer_norm.weight"]
