@@ -312,9 +312,13 @@ def main():
     try:
         folder = hub_folder(args.student, vocabulary_only=True)
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-        encoding = tiktoken.get_encoding(args.teacher)
-    except (InputError, OSError, ValueError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    try:
+        encoding = tiktoken.get_encoding(args.teacher)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}\n{args.teacher} is fetched once, into the folder that TIKTOKEN_CACHE_DIR names; "
+                 "without a network, copy that folder from a machine that has it")
     teacher = [encoding.decode([i]) for i in encoding.encode(args.text, disallowed_special=())]
     student = pieces.encode(args.text, out_type=str)
     if not teacher or not student:

@@ -30,7 +30,7 @@ from data.download import InputError, bounded, download, run_command, show
 from data.predictions import PredictionFile, compare, scaling_plot, show_cases, summarize, trade_off_plot
 from t5 import best_device, load_pretrained, pad
 
-MATH = ("gsm8k", "multiarith", "asdiv", "svamp")
+MATH = ("gsm8k", "multiarith", "asdiv", "svamp")  # the paper's
 OUT_OF_DISTRIBUTION = MATH[1:]
 DEFAULT_DATA = Path(__file__).parent / "data" / "downloads"
 
@@ -77,7 +77,7 @@ class Problem:
         if not (isinstance(self.question, str) and self.question.strip()):
             raise ValueError("there is no text of a question")
         if not (self.answer if isinstance(self.answer, str) else isinstance(self.answer, float) and math.isfinite(self.answer)):
-            raise ValueError(f"the answer {self.answer!r} is neither a number nor a text")
+            raise ValueError(f"the answer {self.answer!r} is neither a float nor a text")
 
 
 def load(task, split="test", folder=DEFAULT_DATA):
@@ -97,19 +97,17 @@ def load(task, split="test", folder=DEFAULT_DATA):
         if split in ("train", "validation"):
             raise InputError(f"{task} has no {split} part: BIG-Bench Hard is for testing alone")
         return read_problems(bbh_file(folder, f"bbh/{task}.json"), bbh_problems)
-    readers = {
-        "gsm8k": (gsm8k_problems, f"gsm8k/{'train' if split == 'train' else 'test'}.jsonl"),
-        "multiarith": (multiarith_problems, "multiarith/MultiArith.json"),
-        "asdiv": (asdiv_problems, "asdiv/ASDiv.xml"),
-        "svamp": (svamp_problems, "svamp/SVAMP.json"),
-    }
-    if task not in readers:
-        raise InputError(f"no task {task!r}: there are {', '.join([*readers, *bbh_tasks(folder)])}")
+    if task not in READERS:
+        raise InputError(f"no task {task!r}: there are {', '.join([*READERS, *bbh_tasks(folder)])}")
     if split == "train" and task != "gsm8k":
         raise InputError(f"{task} has no training part")
-    reader, name = readers[task]
-    repository, path, sha256 = SOURCES[name]
-    problems = read_problems(download(f"{GITHUB}/{repository}/{path}", folder / name, sha256), reader)
+    reader, name = READERS[task]
+    if split == "train":
+        name = "gsm8k/train.jsonl"
+    if name in SOURCES:
+        repository, path, sha256 = SOURCES[name]
+        download(f"{GITHUB}/{repository}/{path}", folder / name, sha256)
+    problems = read_problems(folder / name, reader)
     if split in ("train", "all"):
         return problems
     random.Random(0).shuffle(problems)
@@ -167,6 +165,15 @@ def svamp_problems(text, place):
         body = problem["Body"].strip()
         body += "" if body.endswith((".", "?", "!", ",")) else ","
         yield f"{body} {problem['Question'].strip()}", float(problem["Answer"])
+
+
+# The math sets: task -> (reader, its place in the data folder).
+READERS = {
+    "gsm8k": (gsm8k_problems, "gsm8k/test.jsonl"),
+    "multiarith": (multiarith_problems, "multiarith/MultiArith.json"),
+    "asdiv": (asdiv_problems, "asdiv/ASDiv.xml"),
+    "svamp": (svamp_problems, "svamp/SVAMP.json"),
+}
 
 
 def bbh_problems(text, place):
@@ -306,7 +313,7 @@ def judge(problem, task, prompt, outputs, cot):
     prediction = {
         "task": task, "question": problem.question, "prompt": prompt, "output": output, "extracted": extract(output),
         "answer": problem.answer, "correct": is_correct(output, problem.answer),
-        "correct_by_authors": is_correct_by_authors(output, written, task in MATH, cot),
+        "correct_by_authors": is_correct_by_authors(output, written, task in READERS, cot),
     }  # fmt: skip
     return prediction | ({"outputs": outputs} if len(outputs) > 1 else {})
 
@@ -357,8 +364,8 @@ def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA
             evaluate_task(model, tokenizer, name, cot, "test", folder, limit, **options) for name in bbh_tasks(folder)
         ]
         return summarize([prediction for part in parts for prediction in part.predictions])
-    problems = load(task, split if task in MATH else "test", folder)[:limit]
-    if task in MATH:
+    problems = load(task, split if task in READERS else "test", folder)[:limit]
+    if task in READERS:
         demonstrations = random.Random(0).sample(load("gsm8k", "train", folder), shots) if shots else ()
         prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
     else:
@@ -376,7 +383,7 @@ def parse_arguments():
         epilog="`--show N FILE` and `--plot PICTURE runs/NAME/log.jsonl` look at what was written and evaluate nothing.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="HF-format folders or hub names")
-    parser.add_argument("--tasks", default=",".join(MATH), help="of gsm8k, multiarith, asdiv, svamp, bbh or a BBH task")
+    parser.add_argument("--tasks", default=",".join(MATH), help=f"of {', '.join(READERS)}, bbh or a BBH task")
     parser.add_argument("--shots", type=int, default=0, choices=[0, 4], help="demonstrations for math (BBH has its 3)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--cot", action="store_true", default=True, help="chain of thought (default)")
@@ -385,7 +392,7 @@ def parse_arguments():
     parser.add_argument("--temperature", type=bounded(float, above=0), default=0.7, help="of the samples (default: %(default)s)")
     parser.add_argument("--calculator", action="store_true", help="compute what follows '=' and force it")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of the problem sets")
-    parser.add_argument("--split", default="test", choices=["validation", "test", "all"], help="of the math sets")
+    parser.add_argument("--split", default="test", choices=["validation", "test", "all"], help="of the math sets: one of two parts, or both")
     parser.add_argument("--limit", type=bounded(int, above=0), help="evaluate at most this many problems a task")
     parser.add_argument("--batch-size", type=bounded(int, above=0), default=32)
     parser.add_argument("--max-new-tokens", type=bounded(int, above=0), default=256)
@@ -415,7 +422,7 @@ def main():
     if args.plot and str(args.models[0]).endswith(".jsonl"):
         trade_off_plot(args.plot, args.models[0])
         return
-    known = [*MATH, "bbh", *bbh_tasks(args.data)]
+    known = [*READERS, "bbh", *bbh_tasks(args.data)]
     for task in args.tasks:
         if task not in known:
             raise InputError(f"no task {task!r}: there are {', '.join(known)}")
@@ -432,7 +439,7 @@ def main():
             evaluate_task(model, tokenizer, task, args.cot, args.split, args.data, args.limit, args.shots, **options)
             for task in args.tasks
         ]
-    print(compare(args.tasks, models, MATH))
+    print(compare(args.tasks, models, READERS))
     if args.plot:
         points = {
             task: [(sizes[name], entries[i].accuracy, entries[i].stderr) for name, entries in models.items()]

@@ -40,7 +40,8 @@ from data.predictions import table
 from data.rows import FORMATS, training_rows
 from data.runs import Progress, drop_checkpoints, find_run, finish_step, last_checkpoint, load_checkpoint, on_interrupt
 from data.runs import recorded, save_checkpoint, write_whole
-from eval import DEFAULT_DATA, MATH, OUT_OF_DISTRIBUTION, evaluate_task, load, math_demonstration, math_prompt, number_text
+from eval import DEFAULT_DATA, MATH, OUT_OF_DISTRIBUTION, bbh_prompt, bbh_tasks, evaluate_task, load, math_demonstration
+from eval import math_prompt, number_text
 from t5 import PAD, T5, T5Config, Tokenizer, best_device, load_pretrained, pad
 
 SHOTS = 4  # demonstrations in context
@@ -431,7 +432,7 @@ def plan(args):
         batches = sum(math.ceil(count[name] / size) for name, size in zip(FORMATS, args.micro_batch) if name in count)
         steps = math.ceil(batches / args.accumulation)
     shapes = {
-        name: (size, *lengths[name], 5 if args.loss == "kl" and has_cot else 0)
+        name: (size, *lengths[name], 5 if args.loss != "nll" and has_cot else 0)
         for name, size, has_cot in zip(FORMATS, args.micro_batch, cot) if name in args.formats
     }  # fmt: skip
 
@@ -454,9 +455,14 @@ def specialize(args, run):
     model, tokenizer = load_pretrained(args.model, dropout_rate=args.dropout, **options)
     rows, summary = training_rows(tokenizer, args.teacher, args.data, args.formats, args.loss)
     if any(row.probs is not None for row in rows):
-        summary += f"; the least KL these targets allow is {kl_floor(rows):.4f} nats a token"
+        summary += f"; the least KL these targets allow is {kl_floor(rows):.4f} nats a token (below 0: not all was told)"
     print(f"{summary}. Run: {run}")
     pool = load("gsm8k", "train", args.data)
+    for task in MATH:  # fetched and checked now, and not when they are needed
+        load(task, "test", args.data)
+    for task in [] if args.skip_bbh else bbh_tasks(args.data):
+        load(task, "test", args.data)
+        bbh_prompt(task, "", True, args.data)
     run.mkdir(parents=True, exist_ok=True)
     write_whole(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
     best = train(model, tokenizer, rows, pool, args, run)

@@ -16,7 +16,7 @@ from data.cache import load_rows, made_from, save_rows
 from data.download import InputError
 from data.records import Record, read_teacher
 from data.release import read_release, release_files
-from eval import Problem, is_correct, load, math_target
+from eval import Problem, extract_number, is_correct, load, math_target
 from t5 import EOS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,15 +48,15 @@ class Row:
 def make_rows(records, tokenizer, formats, loss, k=5):
     """Records with right answers -> rows of the given formats, and a sentence on what came of them.
 
-    Chain-of-thought formats take every solution; answer-only formats one row a question. A chain of thought trains by
-    KL where loss is "kl" and the teacher told its distributions, else by likelihood; answers train by likelihood.
-    records may be a generator: 2,000 are held at a time.
+    Chain-of-thought formats take every solution, with the teacher's distributions unless loss is "nll" or the teacher
+    told none; answer-only formats one row a question, without. records may be a generator: 2,000 are held at a time.
+    Raises InputError where no solution is right.
     """
     index = {piece: i for i, piece in enumerate(tokenizer.pieces)}
     counts = dict.fromkeys(("read", "right", "tokens", "matched"), 0)
-    rows, first, place, records = [], {}, "no record", iter(records)
+    rows, first, last, records = [], {}, None, iter(records)
     while some := list(itertools.islice(records, 2000)):
-        counts["read"], place = counts["read"] + len(some), some[-1].place
+        counts["read"], last = counts["read"] + len(some), some[-1]
         some = [record for record in some if is_correct(record.problem.solution, record.problem.answer)]
         counts["right"] += len(some)
         for record in some:
@@ -64,7 +64,7 @@ def make_rows(records, tokenizer, formats, loss, k=5):
                 if name in formats and not FORMATS[name][0]:
                     first.setdefault((name, record.problem.question), (record.problem, record.place))
         some = [record for record in some if record.format is None or FORMATS[record.format][0]]
-        targets = teacher_targets(some, tokenizer, index, k, counts) if loss == "kl" else [(None, None)] * len(some)
+        targets = teacher_targets(some, tokenizer, index, k, counts) if loss != "nll" else [(None, None)] * len(some)
         for record, (ids, probs) in zip(some, targets):
             labels = np.array(tokenizer.encode(target_text(record)), np.int32)
             if ids is not None:  # </s> is certain
@@ -73,7 +73,8 @@ def make_rows(records, tokenizer, formats, loss, k=5):
             names = [f for f in formats if FORMATS[f][0] and record.format in (None, f)]
             rows += [Row(f, record.problem, labels, ids, probs, record.place) for f in names]
     if not counts["right"]:
-        raise InputError(f"{place}: up to here no teacher solution ends in the right answer; --teacher takes others")
+        told = f"the last, {last.place}, in {extract_number(last.problem.solution)} and not {last.problem.answer}" if last else ""
+        raise InputError(f"none of {counts['read']:,} teacher solutions ends in its right answer ({told}); --teacher takes others")
     for (name, _), (problem, place) in first.items():
         labels = np.array(tokenizer.encode(math_target(problem, cot=False)), np.int32)
         rows.append(Row(name, problem, labels, None, None, place))

@@ -278,7 +278,7 @@ TEACHERS = {
     "damaged.jsonl.gz": ("line", lambda: whole_gz[:400] + bytes(200) + whole_gz[600:]),
     "empty.jsonl.gz": ("holds no teacher record", lambda: gzip.compress(b"")),
     "bomb.jsonl.gz": ("the line has no end", lambda: gzip.compress(bytes(2**28), 9)),
-    "wrong.jsonl": ("no teacher solution ends in the right answer", line(GOOD, solution="so 6")),
+    "wrong.jsonl": ("none of 1 teacher solutions ends in its right answer", line(GOOD, solution="so 6")),
 }  # fmt: skip
 
 

@@ -282,6 +282,23 @@ def test_every_written_gold_answer_reads_as_an_independent_reading_has_it(datase
                 assert ev.extract_number(f"1 + 2 = 3, so the answer is {said}") == sign * value, said
 
 
+def test_a_set_of_ones_own_takes_a_reader_and_a_line(tmp_path, monkeypatch):
+    reader = lambda text, place: ((question, float(answer)) for question, answer in json.loads(text))
+    monkeypatch.setitem(ev.READERS, "mine", (reader, "mine.json"))
+    with pytest.raises(InputError, match="mine.json"):
+        ev.load("mine", "test", tmp_path)
+    (tmp_path / "mine.json").write_text(json.dumps([[f"How many are {i}?", i] for i in range(6)]))
+    assert [problem.answer for problem in ev.load("mine", "all", tmp_path)] == list(range(6))
+    assert len(ev.load("mine", "test", tmp_path)) == len(ev.load("mine", "validation", tmp_path)) == 3
+
+
+def test_without_a_prompt_math_is_asked_as_cot_says(student):
+    problems = ev.load("gsm8k", "test", TOY)[:1]
+    for cot in (True, False):
+        (prediction,) = ev.evaluate(*student, problems, max_new_tokens=2, cot=cot).predictions
+        assert prediction["prompt"] == ev.math_prompt(problems[0].question, cot)
+
+
 def test_the_commonest_final_answer_wins_the_vote():
     assert ev.majority(["is 5", "or 7", "so 7", "none", "no", "no"], ev.extract_number) == "or 7"
     assert ev.majority(["none", "no"], ev.extract_number) == "none" and ev.majority(["9", "8"], ev.extract_number) == "9"

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -125,7 +126,7 @@ def test_wrong_solutions_are_dropped_and_missing_answers_stated(codex, t5_tokeni
     assert "1 of 2 solutions" in summary and len(rows) == 1
     assert t5_tokenizer.decode(rows[0].labels) == "48 + 24 = 72 The answer is 72"
     assert len(rows[0].probs) == len(rows[0].labels) and (rows[0].probs[5:, 0] == 1).all()
-    with pytest.raises(InputError, match="no teacher solution"):
+    with pytest.raises(InputError, match="none of .* teacher solutions"):
         make_rows([wrong], t5_tokenizer, ["zero_shot_cot"], "kl")
 
 
@@ -274,6 +275,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_records(tmp_p
     rows, _ = make_rows(records, tokenizer, ["zero_shot_cot"], "kl")
     with pytest.raises(InputError, match=r"step 1: the loss is not finite. Batch: .*teacher.jsonl.gz, line \d+"):
         sp.train(model, tokenizer, rows, load("gsm8k", "train", TOY), args, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["svamp/SVAMP.json", "bbh/bbh/odd_one_out.json", "bbh/cot-prompts/odd_one_out.txt"])
+def test_a_set_that_is_measured_late_is_read_before_training(name, tmp_path, monkeypatch):
+    shutil.copytree(TOY, tmp_path / "data")
+    (tmp_path / "data" / name).write_text("{}")
+    (tmp_path / "teacher.jsonl").write_text('{"question": "Q?", "answer": "1", "solution": "The answer is 1"}\n')
+    arguments = ["--data", tmp_path / "data", "--teacher", tmp_path / "teacher.jsonl"]
+    monkeypatch.setattr(sp, "train", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(InputError, match=name):
+        sp.specialize(sp.parse_arguments([str(part) for part in arguments]), tmp_path / "run")
 
 
 def test_gradient_checkpointing_and_bfloat16_run_the_same_loop(brief):

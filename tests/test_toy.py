@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -143,3 +144,10 @@ def test_findings_draw_every_plot(logs, monkeypatch, tmp_path, capsys):
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {f"finding_{n}.png" for n in (1, 3, 4, 5, 6)} | {"finding_1_first_steps.png", "finding_4_loss.png"}
     assert capsys.readouterr().out.count("Finding") == 6
+
+
+def test_the_readmes_python_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"</s> \{'</s>': 1.0\}\ntensor\([\d.]+, grad_fn=", done.stdout)
