@@ -37,6 +37,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -45,6 +46,7 @@ from difflib import SequenceMatcher
 import numpy as np
 
 MARK = "▁"  # SentencePiece's space
+BYTES = re.compile(r"bytes:( ?)(?:\\+x[0-9a-fA-F]{2})+")  # how servers write a token that is a part of a UTF-8 sequence: bytes:\xe2
 
 
 def align(teacher, student):
@@ -160,10 +162,10 @@ def written(tokens):
 
 @functools.lru_cache(maxsize=2**17)
 def normalize(token):
-    """NFKC, with every run of white space, SentencePiece's mark included, as one space. A part of a UTF-8 sequence, which
-    servers write as bytes:\\xe2, is no character."""
-    if token.startswith("bytes:\\x"):
-        return ""
+    """NFKC, with every run of white space, SentencePiece's mark included, as one space. A part of a UTF-8 sequence is no
+    character."""
+    if part := BYTES.fullmatch(token):
+        return part[1]
     text = unicodedata.normalize("NFKC", token.replace(MARK, " "))
     start, end = " " * text[:1].isspace(), " " * text[-1:].isspace()
     inner = " ".join(text.split())
@@ -171,7 +173,7 @@ def normalize(token):
 
 
 def one_to_one(teacher, student, aligned):
-    """For each student token the teacher token (its index) that is its only partner and it the partner's, else None.
+    """For each student token the index of the teacher token that is its only partner and spells the same, else None.
 
     White space aside: a teacher's newline counts for nothing, since T5 joins it to the next token as a space. What
     remains is one to one just when both tokens write the same characters, unless T5 made the space a token of its own.

@@ -26,9 +26,9 @@ import torch
 
 from data.calculator import calculator
 from data.cpu import packed
-from data.download import InputError, bounded, download, run_command, show
+from data.download import InputError, bounded, download, hub_folder, run_command, show
 from data.predictions import PredictionFile, compare, scaling_plot, show_cases, summarize, trade_off_plot
-from t5 import best_device, load_pretrained, pad
+from t5 import best_device, existing_device, load_pretrained, pad
 
 MATH = ("gsm8k", "multiarith", "asdiv", "svamp")  # the paper's
 OUT_OF_DISTRIBUTION = MATH[1:]
@@ -126,7 +126,7 @@ def read_problems(path, reader):
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ElementTree.ParseError) as error:
         fault = f"no {error}" if isinstance(error, KeyError) else error
         where = ", ".join([str(path), *place[-1:]])
-        raise InputError(f"{where}: {fault}; mend the file, or delete it to have it fetched anew") from None
+        raise InputError(f"{where}: {fault}; mend the file (the publishers' are fetched anew when deleted)") from None
 
 
 def gsm8k_problems(text, place):
@@ -191,7 +191,7 @@ def gold(text):
 
 def bbh_tasks(folder):
     """The benchmark's 27 tasks; a data folder with tasks of other names has those instead."""
-    found = {path.stem for path in Path(folder).glob("bbh/bbh/*.json")}
+    found = {path.stem for path in Path(folder).glob("bbh/bbh/[!.]*.json")}
     return sorted(found) if found - set(BBH_TASKS) else BBH_TASKS
 
 
@@ -299,7 +299,7 @@ def is_correct_by_authors(output, answer, is_math, cot):
 
 def majority(outputs, extract):
     """Self-consistency (Wang et al., 2022, arXiv 2203.11171): of sampled outputs the first that ends in the commonest
-    answer. What has no answer has no vote."""
+    answer. What has no number has no vote."""
     answers = [extract(output) for output in outputs]
     votes = collections.Counter(answer for answer in answers if answer is not None)
     return outputs[answers.index(votes.most_common(1)[0][0])] if votes else outputs[0]
@@ -398,9 +398,9 @@ def parse_arguments():
     parser.add_argument("--max-new-tokens", type=bounded(int, above=0), default=256)
     parser.add_argument("--out", type=Path, default=Path("runs/predictions.jsonl"),
                         help="every prediction as a JSON line; what it holds is not made again (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--show", type=int, metavar="N", help="show N right and N wrong cases of a predictions file")
+    parser.add_argument("--show", type=bounded(int), metavar="N", help="show N right and N wrong cases of a predictions file")
     parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw accuracy against model size, or a run's log")
-    parser.add_argument("--device", default=best_device(), help="cpu, cuda or mps (default here: %(default)s)")
+    parser.add_argument("--device", type=existing_device, default=best_device(), help="cpu, cuda or mps (default here: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
     args = parser.parse_args()
     args.tasks = [task.strip() for task in args.tasks.split(",")]
@@ -427,6 +427,8 @@ def main():
         if task not in known:
             raise InputError(f"no task {task!r}: there are {', '.join(known)}")
     models, sizes = {}, {}
+    for name in args.models:  # all of them found before one of them is evaluated
+        hub_folder(name)
     for name in args.models:
         model, tokenizer = load_pretrained(name, device=args.device, dtype=getattr(torch, args.dtype))
         sizes[name] = sum(parameter.numel() for parameter in model.parameters())

@@ -1,7 +1,7 @@
 """Specializing a small language model towards multi-step reasoning: batches, losses, the loop, model selection.
 
 Fu, Peng, Ou, Sabharwal, Khot, ICML 2023 (arXiv 2301.12726). Data flow one way: teacher record -> alignment ->
-training row -> batch -> loss -> checkpoint -> accuracy. This file begins with the rows, which data/rows.py makes. The
+training row -> batch -> loss -> checkpoint -> accuracy. data/rows.py makes the rows; here they become batches. The
 model is in t5.py, the alignment in align.py, problems and accuracies in eval.py.
 
     python specialize.py                                                   a toy world, on a CPU, in minutes
@@ -46,8 +46,9 @@ from t5 import PAD, T5, T5Config, Tokenizer, best_device, load_pretrained, pad
 
 SHOTS = 4  # demonstrations in context
 
-# The longest micro-batch of each format, in tokens of source and target, with GSM8K's own solutions: for --plan.
-PAPER_LENGTHS = dict(zip(FORMATS, [(1100, 260), (603, 7), (245, 255), (240, 7)]))
+# The longest source and target of each format, in tokens, in ten epochs of 207,135 rows with demonstrations from GSM8K,
+# and targets as long as GSM8K's own: for --plan.
+PAPER_LENGTHS = dict(zip(FORMATS, [(1350, 290), (690, 7), (245, 290), (240, 7)]))
 
 # The authors' settings for each size: rows of a micro-batch in each of the four formats,
 # micro-batches a step, epochs, and micro-batches between two checkpoints. They give none for small and, for XXL, no
@@ -90,20 +91,15 @@ def plan_epoch(rows, pool, micro_batch, length, seed, epoch):
             shots = rng.sample(pool, min(SHOTS + 1, len(pool))) if in_context else []
             examples.append((row, [shot for shot in shots if shot.question != row.problem.question][:SHOTS]))
         size = micro_batch[name]
-        for start in range(0, len(examples), 64 * size):
-            examples[start : start + 64 * size] = sorted(
-                examples[start : start + 64 * size], key=lambda example: len(example[0].labels)
-            )
-        for start in range(0, len(examples), 8 * size):
-            run = sorted(examples[start : start + 8 * size], key=length)
-            batches += [run[i : i + size] for i in range(0, len(run), size)]
+        for n, key in ((64 * size, lambda example: len(example[0].labels)), (8 * size, length)):
+            examples = [example for i in range(0, len(examples), n) for example in sorted(examples[i : i + n], key=key)]
+        batches += [examples[i : i + size] for i in range(0, len(examples), size)]
     rng.shuffle(batches)
     return batches
 
 
 def schedule(rows, pool, tokenizer, args):
-    """A function of a text that encodes it once, and one of an epoch's number: its optimizer steps, each a list of
-    micro-batches."""
+    """(encode, steps_of): a text's ids, each text encoded once; an epoch's optimizer steps, each a list of micro-batches."""
     encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
     length = lambda example: len(source(*example, encode)) + len(example[0].labels)  # noqa: E731
     micro_batch = dict(zip(FORMATS, args.micro_batch))
@@ -215,7 +211,7 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def weights_dtype(args):
-    """What weights, gradients and all else are in."""
+    """The dtype of weights and gradients."""
     return torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
 
 
@@ -295,7 +291,8 @@ def check_finite(losses, norm, micro_batches, step, run):
     places = sorted({row.place for examples in bad or micro_batches for row, _ in examples})
     raise InputError(
         f"step {step}: the {'loss' if bad else 'gradient'} is not finite. Batch: {'; '.join(places)}. "
-        f"Last good checkpoint: {last_checkpoint(run)}; --resume goes on from it"
+        f"Last good checkpoint: {last_checkpoint(run)}; --resume would meet the same batch again: take the records out, or begin "
+        "anew with a lower --learning-rate or with --precision fp32"
     )
 
 
@@ -364,7 +361,7 @@ def parse_arguments(arguments=None):
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="data formats to mix")
     parser.add_argument("--loss", choices=["kl", "nll"], default="kl", help="for chains of thought (default: kl)")
     parser.add_argument("--epochs", type=bounded(int, above=0))
-    parser.add_argument("--steps", type=bounded(int, above=0), help="optimizer steps at most (default: as the epochs have)")
+    parser.add_argument("--steps", type=bounded(int, above=0), help="optimizer steps at most (default: as the epochs have; toy: 800)")
     parser.add_argument("--optimizer", choices=["adamw", "adafactor"], help="default: adamw, the paper's; xxl: adafactor")
     parser.add_argument("--learning-rate", type=bounded(float, above=0), help="the peak of half a cosine to 0")
     parser.add_argument("--micro-batch", type=bounded(int, above=0), nargs=4, metavar="ROWS", help="rows in each of the four formats")
@@ -391,6 +388,7 @@ def parse_arguments(arguments=None):
     for key, value in (DEFAULTS | SIZES[args.size]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
+    args.formats = list(dict.fromkeys(args.formats))
     if args.device != "cpu" and not (args.plan or device_bytes(args.device)):
         raise InputError(f"--device {args.device}: torch finds none here; --device cpu runs everywhere")
     if args.precision is None:
@@ -411,8 +409,8 @@ def make_deterministic(seed):
 
 
 def plan(args):
-    """What training would take, told without loading weights: text to print. Without a teacher's records it assumes
-    the paper's, with the longest micro-batches that GSM8K's own solutions make."""
+    """What training would take, told without loading weights: text to print. Lengths are those of the first epoch;
+    without a teacher's records they are PAPER_LENGTHS."""
     folder, cot = Path(args.model), [FORMATS[name][0] for name in FORMATS]
     if not folder.is_dir() and args.model != SIZES[args.size]["model"]:
         raise InputError(f"--plan --model {args.model}: no such folder; --plan reads a model's config.json there")
@@ -427,7 +425,7 @@ def plan(args):
             size = max(len(source(*example, encode)) for example in examples), max(len(row.labels) for row, _ in examples)
             lengths[name] = tuple(map(max, lengths[name], size))
     else:
-        summary, lengths = "The paper's teacher: 207,135 solutions of 7,473 questions", PAPER_LENGTHS
+        summary, lengths = "With a teacher like the paper's: 207,135 solutions of 7,473 questions", PAPER_LENGTHS
         count = {name: 207135 if FORMATS[name][0] else 7473 for name in args.formats}
         batches = sum(math.ceil(count[name] / size) for name, size in zip(FORMATS, args.micro_batch) if name in count)
         steps = math.ceil(batches / args.accumulation)

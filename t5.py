@@ -511,12 +511,19 @@ def best_device():
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def existing_device(name):
+    """A type for argparse: a device that torch can use here."""
+    if name not in ("cpu", best_device()):
+        raise argparse.ArgumentTypeError(f"torch finds no {name} here")
+    return name
+
+
 def main():
     """python t5.py MODEL "text": generate from one text."""
     parser = argparse.ArgumentParser(description="Generate text with a T5 checkpoint.")
     parser.add_argument("model", help="an HF-format folder or a hub name such as google/flan-t5-small")
     parser.add_argument("text", help="the input, e.g. 'Q: What is 2 + 3? A:'")
-    parser.add_argument("--device", default=best_device(), help="cpu, cuda or mps (default: %(default)s)")
+    parser.add_argument("--device", type=existing_device, default=best_device(), help="cpu, cuda or mps (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
                         help="of the weights; float16 overflows in the larger models on a GPU")  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")

@@ -11,9 +11,11 @@ import operator
 import re
 from fractions import Fraction
 
-# What may stand before "=": numbers, operators and brackets; "x" and digits where they are no part of a word.
-EXPRESSION = re.compile(r"(?<![\w%])(?:[\d\s.,+*/×÷()$−-]|(?<![A-Za-z])x(?![A-Za-z])){1,100}$")
+# What may stand before "=": numbers, operators and brackets (T5's vocabulary has no other ones); an "x" between numbers.
+EXPRESSION = re.compile(r"(?:[\d\s.,+*/()$-]|(?<=\d)x(?=\d)|(?<=\s)x(?=\s))+$")
+LONGEST = 100  # characters of an expression
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+UNK = 2
 
 
 def calculate(expression):
@@ -37,26 +39,28 @@ def calculate(expression):
 
 def computed(text):
     """What belongs behind a text that ends in "=": the value of the arithmetic expression before it, as the text has
-    its numbers (rounded to four decimals, with "$" if it has one); None where no operation stands there, or where
-    nothing of the value is left of the rounding."""
-    match = EXPRESSION.search(text.removesuffix("=").rstrip())
-    written = match[0].strip() if match else ""
-    if re.match(r"[+*/×÷x]|[-−] ", written) or re.search(r"[\d)]\s+\(", written):
-        return None  # its first operand is a word, or an operator is missing
-    words = written.translate(str.maketrans("×÷−x", "*/-*", "$,")).split()
-    for start in range(len(words)):  # "In 2019 24 + 3 =": the leading numbers may be no part of it
-        expression = " ".join(words[start:])
-        try:
-            number = calculate(expression)
-        except (ValueError, SyntaxError, ZeroDivisionError):
-            continue
-        if re.fullmatch(r"-?[\d.]+", expression):  # a lone number: nothing to compute
-            return None
-        decimals = f"{float(number):.4f}".rstrip("0").rstrip(".")
-        if number and float(decimals) == 0:
-            return None
-        return "$" * ("$" in written) + (str(number) if number.denominator == 1 else decimals)
-    return None
+    its numbers (rounded to four decimals, with "$" if it has one). None where that is not beyond doubt: no operation
+    stands there, something before the expression may belong to it, or nothing is left of the value when rounded."""
+    text = text.removesuffix("=").rstrip()
+    match = EXPRESSION.search(text[-LONGEST:])
+    if match is None or match.start() == 0 < len(text) - LONGEST:
+        return None
+    before = text[: len(text) - len(match[0])]
+    written = re.split(r"[.,]\s+", match[0])[-1].strip()  # what ends a sentence is no part of it
+    glued = before[-1:].strip() and not match[0][0].isspace()  # n*4 + 3, 3^2 + 1
+    if written == match[0].strip() and (glued or re.search(r" of$|\dx$", before)):
+        return None
+    if re.match(r"[+*/x]|- ", written) or re.search(r"[\d)]\s*\(", written):
+        return None  # the first operand is a word, or an operator is missing
+    expression = written.translate(str.maketrans("x", "*", "$,"))
+    try:
+        number = calculate(expression)
+    except (ValueError, SyntaxError, ZeroDivisionError):
+        return None
+    decimals = f"{float(number):.4f}".rstrip("0").rstrip(".")
+    if re.fullmatch(r"-?[\d.]+", expression) or number and float(decimals) == 0:
+        return None
+    return "$" * ("$" in written) + (str(number) if number.denominator == 1 else decimals)
 
 
 def calculator(tokenizer):
@@ -69,7 +73,7 @@ def calculator(tokenizer):
     @functools.lru_cache(maxsize=4096)
     def value_ids(ids):
         text = tokenizer.decode(ids)
-        value = computed(text)
+        value = None if UNK in ids else computed(text)  # <unk> may be an operator that T5 has no piece for
         if value is None:
             return []
         return tokenizer.encode(value)[:-1] if text.endswith(" =") else tokenizer.encode("=" + value)[1:-1]

@@ -19,7 +19,7 @@ def optimizer_step(optimizer):
     """optimizer.step(), where weights are in bfloat16 in fp32, one parameter after the other.
 
     A bfloat16 has 8 significant bits: rounding to the nearest would drop every change below 0.2% of a weight, which is
-    most of them. Rounded up or down by chance, in proportion to the distance, small changes add up.
+    most of them. Rounded stochastically, up or down with a chance in proportion to the distance, small changes add up.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if parameters[0].dtype == torch.float32:
@@ -28,6 +28,8 @@ def optimizer_step(optimizer):
     gradients = [p.grad for p in parameters]
     optimizer.zero_grad()  # the optimizer passes over what has no gradient
     for p, gradient in zip(parameters, gradients):
+        if gradient is None:
+            continue
         weight = p.data
         p.data = weight.float()
         p.grad = gradient.float()

@@ -3,9 +3,9 @@
 A pickle is a program for a small stack machine. Python's own machine may import and call; the one here has no
 instruction that does. It builds lists, tuples, dicts, OrderedDicts, strings and numbers, and refuses all else by name.
 
-It also hands out the items of the outermost list one at a time, and keeps only what the pickle refers to again: the
-largest file of the authors' release, some 200 million objects, would not fit in the memory. Knows nothing of what the
-files mean.
+It also hands out the items of the outermost list as they come, by the thousand that Python's pickler writes at a time,
+and keeps only what the pickle refers to again: the largest file of the authors' release, some 200 million objects, would
+not fit in the memory. Knows nothing of what the files mean.
 """
 
 import mmap
@@ -118,9 +118,6 @@ def build(data, flags):
         elif op == BINGET or op == LONG_BINGET:
             stack.append(memo[int.from_bytes(data[at : at + length], "little")])
         elif op == MARK:
-            if len(below) == 1 == len(below[0]) and len(stack) > 1:  # an item is begun: those before it are whole
-                yield from stack[:-1]
-                del stack[:-1]
             below.append(stack)
             stack = []
         elif op == APPENDS or op == APPEND:

@@ -29,8 +29,8 @@ class PredictionFile:
 
     model: its name. settings: what else the outputs depend on besides task and prompt (the weights, the decoding).
     Both stand in each line, and a line counts as known only if all of it is the same: one file may hold many models
-    and settings. Lines that an interruption left unfinished are taken out of the file. Raises InputError where it
-    holds something else.
+    and settings. Lines that an interruption or a bad disk has left unreadable are taken out of the file. Raises
+    InputError where it holds something else.
     """
 
     def __init__(self, path, model, **settings):
@@ -59,7 +59,7 @@ class PredictionFile:
 
 def as_line(prediction):
     """A prediction as a line of JSON."""
-    return json.dumps(prediction, ensure_ascii=False) + "\n"
+    return json.dumps(prediction) + "\n"
 
 
 def read_predictions(path):
@@ -69,14 +69,17 @@ def read_predictions(path):
         lines = Path(path).read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; `python eval.py MODEL --out {path}` writes predictions") from None
-    for line in filter(bytes.strip, lines):
+    for number, line in enumerate(lines, 1):
         try:
-            prediction = json.loads(line)
-            if not (line.endswith(b"\n") and all(isinstance(prediction[key], str) for key in ("task", "prompt", "output"))):
-                raise ValueError
+            prediction = json.loads(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError):
+            prediction = None
+        if prediction is None:
+            damaged += bool(line.strip())
+        elif type(prediction) is dict and all(type(prediction.get(key)) is str for key in ("task", "prompt", "output")):
             predictions.append(prediction)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            damaged += 1
+        else:
+            raise InputError(f"{path}, line {number}: not a prediction; give --out another name, or take the line out")
     if damaged and not predictions and not (damaged == 1 and lines[0].startswith(b"{")):
         raise InputError(f"{path}: none of its lines is a prediction; give --out another name")
     return predictions, damaged
@@ -213,10 +216,16 @@ def scaling_plot(path, points):
 
 def trade_off_plot(path, log):
     """Math accuracies on the validation parts against training steps, from a run's log.jsonl."""
-    curves = {}
+    curves, number = {}, 0
     try:
-        for number, line in enumerate(Path(log).read_text(encoding="utf-8").splitlines(), 1):
-            entry = json.loads(line)
+        lines = Path(log).read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                if number == len(lines) and not line.endswith(b"\n"):  # the run is writing it, or was killed
+                    break
+                raise
             for task, (accuracy, stderr) in entry.get("validation", {}).items():
                 curves.setdefault(task, []).append((entry["step"], 100 * accuracy, 100 * stderr))
     except OSError as error:

@@ -95,8 +95,10 @@ def read_aligned(paths, faults):
                     question = question.removesuffix(ask).strip()
                 problem = Problem(question, extract_number(str(row["answer_gold"])), row["answer"].strip())
                 told = row.get("per_step_probs")
-                for distribution in told or ():
-                    check_distribution("", of_kind(dict(distribution), "an entry of per_step_probs", dict))
+                if told is not None:
+                    told = [of_kind(dict(distribution), "an entry of per_step_probs", dict) for distribution in told]
+                    for distribution in told:
+                        check_distribution("", distribution)
             except FAULTS as error:
                 faults.append(f"{place}: {type(error).__name__} {error}")
             else:

@@ -232,6 +232,8 @@ def load_checkpoint(run, model, optimizer):
         for parameter, its_state in zip(model.parameters(), states, strict=True):
             optimizer.state[parameter] = its_state
         generator(model.shared.weight.device.type).set_rng_state(random_state)
+    except (MemoryError, PermissionError, torch.OutOfMemoryError):
+        raise
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from None
     except Exception as error:  # torch.load raises many kinds, none of them documented

@@ -13,6 +13,7 @@ or killed asks only for what is missing. The API key is read from OPENAI_API_KEY
 import argparse
 import collections
 import email.utils
+import fcntl
 import gzip
 import http.client
 import itertools
@@ -28,15 +29,16 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.download import InputError, show  # noqa: E402
+from data.download import InputError, bounded, show  # noqa: E402
 from data.records import parse_record  # noqa: E402
 from data.runs import on_interrupt  # noqa: E402
 from eval import DEFAULT_DATA, extract_choice, extract_number, gsm8k_problems, is_correct, load  # noqa: E402
-from eval import math_prompt, read_problems  # noqa: E402
+from eval import math_prompt, number_text, read_problems  # noqa: E402
 from t5 import run_command  # noqa: E402
 
 TOP = 5  # likeliest tokens of each step, as many as the paper's teacher told
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a request is repeated: doubled each time, up to the longest
+LONGEST_ASKED = 600.0  # the longest such time that a server may ask for
 TELL_EVERY = 60.0  # seconds between progress lines where no terminal shows them
 
 
@@ -55,6 +57,8 @@ class Teacher:
         self.url = url.rstrip("/") + ("/chat/completions" if chat else "/completions")
         self.model, self.chat, self.sampling = model, chat, sampling
         self.retries, self.timeout, self.key = retries, timeout, os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise InputError("OPENAI_API_KEY holds a line's end or another character that no key has")
         self.tells, self.fault, self.stopping = True, "", threading.Event()
 
     def ask(self, prompt, n):
@@ -76,19 +80,21 @@ class Teacher:
                 text = error_text(error)
                 self.fault = f"HTTP {error.code} {error.reason}"
                 if error.code in (400, 422) and "logprob" in text and "logprobs" in body:
-                    self.tells = False  # it refuses to be asked for them
+                    if self.tells:
+                        print("the server refuses to tell log-probabilities", file=sys.stderr, flush=True)
+                    self.tells = False
                     continue
                 if error.code not in (408, 409, 429) and error.code < 500:
-                    raise InputError(self.without_key(f"{self.url}: {self.fault}: {text.strip()[:500]}")) from None
+                    raise InputError(f"{self.url}: {self.without_key(f'{self.fault}: {text.strip()}')[:500]}") from None
                 wait = retry_after(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException) as error:
                 self.fault = str(getattr(error, "reason", error)) or type(error).__name__
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
                 self.fault = f"not an answer ({type(error).__name__}: {error})"
-            if attempt == self.retries:
+            if attempt >= self.retries:
                 raise InputError(self.without_key(f"{self.url}: {self.fault}, {attempt + 1} times over"))
             backoff = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1)
-            self.stopping.wait(max(wait, backoff))
+            self.stopping.wait(max(backoff, min(wait, LONGEST_ASKED)))
 
     def request(self, prompt, n):
         """The body of a request for n answers."""
@@ -138,7 +144,7 @@ def retry_after(header):
 
 def parse_choice(choice):
     """One of a server's choices -> {solution, tokens, top_logprobs}; {solution} where no usable log-probabilities came
-    with it, None where there is no text."""
+    with it, None where it has no place for a text. An empty one is a wrong answer."""
     try:
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         answer = {"solution": (text or "").strip()}
@@ -232,6 +238,10 @@ class Journal:
         self.path, self.lock = path, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "a+b")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{path}: another process is sampling into it; wait for it, or take another --out") from None
         self.file.seek(0)
         whole = 0
         for line in self.file:
@@ -250,7 +260,7 @@ class Journal:
     def write(self, entry):
         """Put a line on the disk."""
         with self.lock:
-            self.file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            self.file.write(json.dumps(entry).encode() + b"\n")
             self.file.flush()
             os.fsync(self.file.fileno())
 
@@ -305,7 +315,9 @@ class Progress:
         line += f"  {self.tokens:,} tokens, {self.tokens / seconds:,.0f}/s"
         if have > self.before:
             line += f"  {missing * seconds / (have - self.before) / 60:.1f} min left"
-        show(line + (f"  last fault: {fault}" if fault else ""))
+        if fault:
+            line += f"  last fault: {fault}"
+        show(line)
         if not sys.stderr.isatty() and time.time() - self.told > TELL_EVERY:
             self.told = time.time()
             print(line, file=sys.stderr, flush=True)
@@ -384,8 +396,8 @@ def write_records(journal, problems, samples, out):
                 extract = extract_number if isinstance(problem.answer, float) else extract_choice
                 votes[question][extract(answer["solution"])] += 1
                 if is_correct(answer["solution"], problem.answer):
-                    record = readable({"question": question, "answer": written_answer(problem), **answer})
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    record = readable({"question": question, "answer": number_text(problem.answer), **answer})
+                    file.write(json.dumps(record) + "\n")
                     right, silent = right + 1, silent + ("tokens" not in record)
     total = sum(votes[question].total() for question in votes)
     agreed = sum(majority(votes[question]) == problems[question].answer for question in votes)
@@ -408,12 +420,6 @@ def readable(record):
     except ValueError:
         return {key: value for key, value in record.items() if key not in ("tokens", "top_logprobs")}
     return record
-
-
-def written_answer(problem):
-    """A gold answer as text."""
-    answer = problem.answer
-    return str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
 
 
 def majority(votes):
@@ -450,26 +456,22 @@ def parse_arguments():
     parser.add_argument("--questions", default="gsm8k", help="gsm8k (its training set), or a JSONL file with question "
                         "and answer on each line (default: gsm8k)")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="teacher records to write (.jsonl or .jsonl.gz)")
-    parser.add_argument("--samples", type=int, default=40, help="solutions a question (default: 40)")
+    parser.add_argument("--samples", type=bounded(int, above=0), default=40, help="solutions a question (default: 40)")
     parser.add_argument("--chat", action="store_true", help="ask /chat/completions, not /completions")
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--shots", type=int, default=0, help="demonstrations from GSM8K's training set (default: 0)")
+    shown.add_argument("--shots", type=bounded(int), default=0, help="demonstrations from GSM8K's training set (default: 0)")
     shown.add_argument("--prompt", type=Path, help="file with the whole prompt, {question} standing for the question")
-    parser.add_argument("--temperature", type=float, default=0.7, help="default: 0.7")
-    parser.add_argument("--max-tokens", type=int, default=256, help="of a solution (default: 256)")
+    parser.add_argument("--temperature", type=bounded(float), default=0.7, help="default: 0.7")
+    parser.add_argument("--max-tokens", type=bounded(int, above=0), default=256, help="of a solution (default: 256)")
     parser.add_argument("--stop", nargs="*", default=["\nQ:"], help="texts that end a solution (default: a line's Q:)")
-    parser.add_argument("--parallel", type=int, default=8, help="requests in flight (default: 8)")
-    parser.add_argument("--per-request", type=int, default=1, help="solutions a request, for servers that know n; the "
+    parser.add_argument("--parallel", type=bounded(int, above=0), default=8, help="requests in flight (default: 8)")
+    parser.add_argument("--per-request", type=bounded(int, above=0), default=1, help="solutions a request, for servers that know n; the "
                         "prompt is then paid for once (default: 1)")  # fmt: skip
-    parser.add_argument("--retries", type=int, default=10, help="of a failed request (default: 10)")
-    parser.add_argument("--timeout", type=float, default=600, help="seconds to wait for an answer (default: 600)")
-    parser.add_argument("--limit", type=int, help="at most this many questions")
+    parser.add_argument("--retries", type=bounded(int), default=10, help="of a failed request (default: 10)")
+    parser.add_argument("--timeout", type=bounded(float, above=0), default=600, help="seconds to wait for an answer (default: 600)")
+    parser.add_argument("--limit", type=bounded(int, above=0), help="at most this many questions")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of the problem sets")
-    args = parser.parse_args()
-    for name in ("samples", "parallel", "per_request", "max_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
-    return args
+    return parser.parse_args()
 
 
 def main():
@@ -485,12 +487,13 @@ def main():
     teacher = Teacher(args.url, args.model, args.chat, args.retries, args.timeout, **sampling)
     asked = {"model": args.model, "chat": args.chat, "prompt": prompt("{question}"), **sampling}
     journal = Journal(args.out.with_name(args.out.name + ".answers.jsonl"), asked)
-    try:
-        sample(teacher, problems, prompt, journal, args.samples, args.per_request, args.parallel)
-    except InputError as error:
-        raise InputError(f"{error}\nWhat came is kept in {journal.path}; the same command goes on from there") from None
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; what came is kept in {journal.path}, and the same command goes on from there")
+    with journal.file:
+        try:
+            sample(teacher, problems, prompt, journal, args.samples, args.per_request, args.parallel)
+        except InputError as error:
+            raise InputError(f"{error}\nWhat came is kept in {journal.path}; the same command goes on from there") from None
+        except KeyboardInterrupt:
+            sys.exit(f"stopped; what came is kept in {journal.path}, and the same command goes on from there")
     if not teacher.tells:
         print("the server refuses to tell log-probabilities: its answers can train by likelihood alone")
     print(write_records(journal, problems, args.samples, args.out))

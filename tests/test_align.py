@@ -214,3 +214,18 @@ def test_the_command_draws_both_tokenizations(run, real):
 def test_the_command_names_what_it_lacks(run, tmp_path):
     done = run("align.py", "text", "--student", "google/flan-t5-small", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
     assert done.returncode == 1 and "HF_HUB_OFFLINE" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("space", [" ", ""])
+@pytest.mark.parametrize("backslash", ["\\", "\\\\"])  # the second is the real records'
+def test_parts_of_a_character_in_any_spelling_cost_no_other_token_its_partner(p50k, pieces, space, backslash):
+    def numbers(text):
+        teacher, student = [], pieces.encode(text, out_type=str)
+        for token in map(p50k.decode_single_token_bytes, p50k.encode(text)):
+            part = "bytes:" + " " * token.startswith(b" ") + "".join(f"{backslash}x{byte:02x}" for byte in token.strip())
+            teacher.append(part if "\ufffd" in token.decode("utf-8", "replace") else token.decode())
+        partners = [teacher[i].strip() for i in one_to_one(teacher, student, align(teacher, student)) if i is not None]
+        return [token for token in partners if token.isdigit()], any(token.startswith("bytes:") for token in teacher)
+
+    text = f"So 20{space}÷{space}5 = 4 and 60{space}÷{space}3 = 20 in all"
+    assert numbers(text) == (numbers(text.replace("÷", "*"))[0], True) and len(numbers(text)[0]) > 3

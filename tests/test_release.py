@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 from collections import OrderedDict
 
 import numpy as np
@@ -122,6 +123,21 @@ def test_plain_data_come_out_as_python_reads_them(tmp_path, protocol):
         write(tmp_path, "p.pkl", content, protocol)
         found = list(read_list(tmp_path / "p.pkl"))
         assert found == content and [type(item) for item in found] == [type(item) for item in content]
+
+
+def test_data_nested_at_random_come_out_as_python_reads_them(tmp_path):
+    rng = random.Random(0)
+
+    def some(depth):
+        size = rng.choice([0, 1, 1, 2, 3, 4, 40])
+        kinds = [lambda: rng.random(), lambda: str(size), lambda: [some(depth + 1) for _ in range(size)]]
+        kinds += [lambda: tuple(some(depth + 1) for _ in range(size)), lambda: {i: some(depth + 1) for i in range(size)}]
+        return rng.choice(kinds[: 2 if depth > 4 else 5] if depth else kinds[2:3])()
+
+    for i in range(300):
+        content = some(0)
+        write(tmp_path, "p.pkl", content, 2 + i % 4)
+        assert list(read_list(tmp_path / "p.pkl")) == content
 
 
 class Call:

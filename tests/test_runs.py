@@ -21,7 +21,7 @@ import torch
 import specialize as sp
 from conftest import ROOT, TOY
 from data.download import InputError
-from data.optimizers import stochastic_round
+from data.optimizers import make_optimizer, optimizer_step, stochastic_round
 from data.records import read_teacher
 from data.rows import FORMATS, make_rows
 from data.runs import checkpoints, drop_checkpoints, read_log, save_checkpoint, write_whole
@@ -237,6 +237,14 @@ def test_small_changes_add_up_in_bfloat16_weights():
     assert (nearest == 1).all() and x.float().mean().item() == pytest.approx(1.5, abs=0.01)
     exact = torch.tensor([1.0, -2.5, 0.0, 3e38, -1e-40, 2.0**-120]).bfloat16()
     assert torch.equal(stochastic_round(exact.float()), exact)
+
+
+def test_a_frozen_parameter_in_bfloat16_stays_as_it_is():
+    frozen, free = (torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = make_optimizer([frozen, free], "adamw", 0.01)
+    free.grad = torch.ones_like(free)
+    optimizer_step(optimizer)
+    assert (frozen == 1).all() and (free < 1).all()
 
 
 def test_a_full_disk_is_a_message_and_the_last_good_checkpoint_survives(task, uninterrupted, tmp_path):
