@@ -72,7 +72,7 @@ def parse_record(record, place):
         if steps[0][0] == " step":  # the end of the prompt "Let's think step by step"
             steps = steps[1:]
         solution = "".join(token for token, _ in steps)
-        if any(BYTES.fullmatch(token) for token, _ in steps):
+        if "bytes:" in solution and any(BYTES.fullmatch(token) for token, _ in steps):
             solution = record["solution"]  # the tokens do not spell it
     else:
         solution = record["solution"]
