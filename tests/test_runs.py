@@ -242,6 +242,7 @@ def test_small_changes_add_up_in_bfloat16_weights():
 def test_a_frozen_parameter_in_bfloat16_stays_as_it_is():
     frozen, free = (torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(2))
     optimizer = make_optimizer([frozen, free], "adamw", 0.01)
+    optimizer.param_groups[0]["lr"] = 0.1
     free.grad = torch.ones_like(free)
     optimizer_step(optimizer)
     assert (frozen == 1).all() and (free < 1).all()
