@@ -48,7 +48,8 @@ TELL_EVERY = 60.0  # seconds between progress lines where no terminal shows them
 class Teacher:
     """A model behind a server's /completions or /chat/completions.
 
-    tells: whether it tells log-probabilities, as far as known; fault: what went wrong last; stopping: set to give up.
+    tells: whether it tells log-probabilities, as far as known; fault: what went wrong last; stopping: set to give up;
+    answered: whether an answer ever came; refused: what the server said of prompts that it will not answer.
     """
 
     def __init__(self, url, model, chat=False, retries=10, timeout=600, **sampling):
@@ -59,10 +60,11 @@ class Teacher:
         self.retries, self.timeout, self.key = retries, timeout, os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds a line's end or another character that no key has")
-        self.tells, self.fault, self.stopping = True, "", threading.Event()
+        self.tells, self.fault, self.stopping, self.answered, self.refused = True, "", threading.Event(), False, []
 
     def ask(self, prompt, n):
-        """Up to n answers to a prompt, at least one, each as parse_choice gives it; [] if told to stop.
+        """Up to n answers to a prompt, at least one, each as parse_choice gives it; [] if told to stop, or if the server
+        refuses this prompt (too long, filtered), as it may once it has answered others.
 
         What may pass (a dropped connection, a time-out, 429, 5xx, half an answer) is tried again, after the time that
         the server asks for or a growing one. Raises InputError where trying again is of no use, or was of none.
@@ -74,6 +76,7 @@ class Teacher:
             try:
                 choices = self.post(body)["choices"][:n]
                 if answers := [answer for answer in map(parse_choice, choices) if answer]:
+                    self.answered = True
                     return answers
                 self.fault = "no answer in the response"
             except urllib.error.HTTPError as error:
@@ -85,7 +88,11 @@ class Teacher:
                     self.tells = False
                     continue
                 if error.code not in (408, 409, 429) and error.code < 500:
-                    raise InputError(f"{self.url}: {self.without_key(f'{self.fault}: {text.strip()}')[:500]}") from None
+                    message = f"{self.url}: {self.without_key(f'{self.fault}: {text.strip()}')[:500]}"
+                    if error.code in (400, 413, 422) and self.answered:
+                        self.refused.append(message)
+                        return []
+                    raise InputError(message) from None
                 wait = retry_after(error.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException) as error:
                 self.fault = str(getattr(error, "reason", error)) or type(error).__name__
@@ -333,6 +340,7 @@ def sample(teacher, problems, prompt, journal, samples, per_request, parallel):
     for question, answers in journal:
         progress.add(question, answers)
     progress.begin()
+    teacher.answered = progress.have > 0
     missing = {question: samples - progress.answers[question] for question in problems}
     requests = iter([(q, min(per_request, n - start)) for q, n in missing.items() for start in range(0, n, per_request)])
 
@@ -494,6 +502,8 @@ def main():
             raise InputError(f"{error}\nWhat came is kept in {journal.path}; the same command goes on from there") from None
         except KeyboardInterrupt:
             sys.exit(f"stopped; what came is kept in {journal.path}, and the same command goes on from there")
+    if teacher.refused:
+        print(f"{len(teacher.refused):,} requests were refused; the last: {teacher.refused[-1]}")
     if not teacher.tells:
         print("the server refuses to tell log-probabilities: its answers can train by likelihood alone")
     print(write_records(journal, problems, args.samples, args.out))

@@ -176,6 +176,20 @@ def test_a_fault_that_does_not_pass_ends_the_run_and_keeps_what_came(serve, ask,
     assert server.answered == 12
 
 
+def test_a_question_that_the_server_refuses_keeps_no_other_from_being_asked(serve, ask, tmp_path):
+    server = serve(completion)
+    server.faults = [None, (400, b"too long", {}), (422, b"filtered", {})]
+    assert "2 requests were refused; the last: " in ask(server, "--parallel", 1) and server.answered == 10
+    server.faults = [(400, b"filtered", {})]
+    assert "1 requests were refused" in ask(server, "--parallel", 1) and server.answered == 11
+
+
+def test_two_runs_do_not_sample_into_one_file(serve, ask, tmp_path):
+    with teacher.Journal(tmp_path / "teacher.jsonl.gz.answers.jsonl", {}).file:
+        with pytest.raises(InputError, match="another process"):
+            ask(serve(completion))
+
+
 def test_a_killed_run_goes_on_without_losing_or_repeating_an_answer(serve, ask, questions, tmp_path):
     server = serve(completion, delay=0.15)
     arguments = command(server.url, questions, "--parallel", 2)
