@@ -1,40 +1,42 @@
-"""Aligning a teacher's tokens with the student's, and carrying the teacher's distributions over.
+"""Align a teacher's tokens with a student's, and map the teacher's distributions onto the student.
 
-The teacher (p50k_base for code-davinci-002) and the student (T5's SentencePiece) cut the same text differently. Section
-4.1 of the paper aligns the two cuts by dynamic programming over s = s_1..s_L (teacher) and t = t_1..t_N (student):
+Teacher (code-davinci-002: p50k_base) and student (T5: SentencePiece) split the same text
+differently. The paper (Aligning tokenizers by dynamic programming) aligns the two sequences
+s = s_1..s_L (teacher) and t = t_1..t_N (student) by the recursion
 
     f(i, j) = min(f(i-1, j), f(i, j-1), f(i-1, j-1)) + c(s_i, t_j)
 
-The cheapest path from (1, 1) to (L, N) visits (i, j) where s_i belongs to t_j: one to one on a diagonal step, many to
-one or one to many on the others. Everything hangs on the cost c and on how ties are broken.
+The cheapest path from (1, 1) to (L, N) visits (i, j) if s_i belongs to t_j: one-to-one on a
+diagonal step, many-to-one or one-to-many on the others. All depends on the cost c and on ties.
 
-Why not the edit distance of the two strings? It looks at two tokens without their place in the text. Where the teacher
-writes `a`, `$`, `12` and the student `▁a`, `▁$12`, the costs of `$` and `12` with `▁$12` are 3 + 2, but of `$` with
-`▁a` and `12` with `▁$12` 2 + 2: the wrong path is cheaper. Among the many equal numbers of a math solution it cannot
-say which `12` is which, either.
+Why not the edit distance of the two strings, as in the paper? It compares two strings and ignores
+where they occur in the text. If the teacher writes `a`, `$`, `12` and the student `▁a`, `▁$12`, then
+`$` and `12` cost 3 + 2 if both go to `▁$12`, but 2 + 2 if `$` goes to `▁a`: the wrong path is
+cheaper. Nor can it tell which of the many equal numbers of a solution is which.
 
-Here the cost is, up to its sign, the number of characters *of the text* that both tokens write:
+Here the cost is minus the number of characters *of the text* that both tokens write:
 
-    c(s_i, t_j) = -(characters at the same place of the text in both s_i and t_j)
+    c(s_i, t_j) = -|characters of s_i that are also characters of t_j|
 
-Each character is written by one s_i and one t_j, so no path can gather more than the whole text, and only the path
-through every pair that shares a character gathers all of it: that path is the alignment. Pairs that share nothing cost
-0, so a detour through them is a tie; ties go to the diagonal, the shortest way.
+Every character belongs to exactly one s_i and one t_j. The total overlap along a path is therefore
+at most the length of the text, and a path reaches that maximum only if it visits every overlapping
+pair. It may also pass through pairs without overlap at no cost; preferring the diagonal on ties
+selects the shortest such path.
 
-The place in the text is that of the text as T5 sees it: Unicode in NFKC form, every run of white space, newlines too,
-one space. Where the two texts still differ (a character that the vocabulary lacks, half of a UTF-8 sequence), only
-the characters that a sequence matcher finds in both count, and the recursion finds the others a place between their
-neighbours: every student token gets teacher tokens, contiguous, and in order.
+Both token sequences are first normalized as T5 normalizes text: Unicode NFKC, and every run of
+whitespace, including newlines, as one space. If the texts still differ, because of an unknown
+character or one that is split over several tokens, only the characters that a sequence matcher
+finds in both count. The recursion interpolates the rest, so every student token is still aligned
+with a contiguous, ordered span of teacher tokens.
 
-This file needs numpy alone. It knows nothing of models or training.
-Letters: L teacher tokens, N student tokens, P pairs of sequences, k entries of a target row.
+This file needs only numpy and knows nothing of models or training.
+Letters: L teacher tokens, N student tokens, k entries of a target row.
 
     python align.py "She sold 48/2 = 24 clips."
 """
 
 import argparse
 import functools
-import itertools
 import math
 import os
 import re
@@ -42,292 +44,266 @@ import shutil
 import sys
 import unicodedata
 from difflib import SequenceMatcher
+from pathlib import Path
 
 import numpy as np
 
-MARK = "▁"  # SentencePiece's space
-BYTES = re.compile(r"bytes:( ?)(?:\\+x[0-9a-fA-F]{2})+")  # how servers write a token that is a part of a UTF-8 sequence: bytes:\xe2
+WORD_BOUNDARY = "▁"  # SentencePiece's space
+# How servers write a token that is only part of a character: bytes:\xe2\x80 or <0xE2>.
+BYTES = re.compile(r"bytes:( ?)((?:\\+x[0-9a-fA-F]{2})+)|<0x([0-9a-fA-F]{2})>")
 
+# --- the recursion ---
 
 def align(teacher, student):
-    """The paper's recursion, as written above.
+    """Align by the recursion above: O(L N). Training runs its fast twin, align_batch.
 
-    teacher, student: the two token lists of one text, spaces as " " or "▁".
-    Returns for each student token the list of teacher tokens (their indices) aligned with it.
+    teacher, student: the two token lists of one text, with spaces as " " or "▁".
+    Return for each student token the list of teacher tokens (their indices) aligned with it.
     """
     L, N = len(teacher), len(student)
     if not L or not N:
         return [[] for _ in student]
-    c = (-shared_characters([(teacher, student)])[:, 0]).tolist()  # (L, N)
+    c = -overlap_matrix(teacher, student)
     f = [[math.inf] * (N + 1) for _ in range(L + 1)]
     f[0][0] = 0
     for i in range(1, L + 1):
         for j in range(1, N + 1):
-            f[i][j] = min(f[i - 1][j], f[i][j - 1], f[i - 1][j - 1]) + c[i - 1][j - 1]
+            f[i][j] = min(f[i - 1][j], f[i][j - 1], f[i - 1][j - 1]) + int(c[i - 1, j - 1])
 
+    # Trace the path back from (L, N). Row 0 and column 0 are infinite, so it leaves through (1, 1).
     aligned = [[] for _ in student]
     i, j = L, N
-    while i > 0:  # the first row and column are infinite: the path leaves through (1, 1)
-        aligned[j - 1].append(i - 1)
-        ways = (i - 1, j - 1), (i - 1, j), (i, j - 1)
-        i, j = min(ways, key=lambda way: f[way[0]][way[1]])  # of equals the first, the diagonal
-    return [indices[::-1] for indices in aligned]
+    while i > 0:
+        aligned[j - 1].insert(0, i - 1)
+        steps = (i - 1, j - 1), (i - 1, j), (i, j - 1)
+        i, j = min(steps, key=lambda step: f[step[0]][step[1]])  # ties: the first, the diagonal
+    return aligned
 
+def overlap_matrix(teacher, student):
+    """Count the characters of the text that both s_i and t_j write: (L, N)."""
+    overlap = np.zeros((len(teacher), len(student)), dtype=int)
+    np.add.at(overlap, shared_characters(teacher, student), 1)
+    return overlap
 
-def align_batch(pairs, cells=2**22):
-    """`align` on each (teacher, student) of pairs, many at a time; cells bounds the working memory (about 20 bytes each).
+def shared_characters(teacher, student):
+    """Return the teacher token and the student token of each character that both write: (C,), (C,)."""
+    s_text, s_owner = char_to_token(teacher)
+    t_text, t_owner = char_to_token(student)
+    if s_text != t_text:
+        blocks = matching_blocks(s_text, t_text)
+        s_owner = np.concatenate([s_owner[a : a + size] for a, _, size in blocks])
+        t_owner = np.concatenate([t_owner[b : b + size] for _, b, size in blocks])
+    return s_owner, t_owner
 
-    A row of f at once: with C(j) = c(i, 1) + .. + c(i, j), the recursion within a row unrolls to
-        f(i, j) = C(j) + min over j' <= j of [min(f(i-1, j'), f(i-1, j'-1)) - C(j'-1)],
-    a running minimum, and all pairs share the loop over i. The way back is walked by all pairs together, too.
+def char_to_token(tokens):
+    """Return the text that tokens write, as T5 sees it, and the token index of each character.
+
+    Runs of spaces are collapsed into their first one; a leading and a trailing space are dropped.
     """
-    order = sorted((p for p in range(len(pairs)) if all(pairs[p])), key=lambda p: len(pairs[p][0]))
-    result = [None if all(pair) else [[] for _ in pair[1]] for pair in pairs]
-    while order:
-        size = max(1, cells // ((len(pairs[order[-1]][0]) + 1) * (max(len(pairs[p][1]) for p in order[-96:]) + 1)))
-        chosen = order[-min(size, 96) :]  # the longest first; 96 pairs fill numpy's loops and stay in the cache
-        del order[-len(chosen) :]
-        for p, aligned in zip(chosen, _align_similar([pairs[p] for p in chosen])):
-            result[p] = aligned
-    return result
+    parts = list(map(normalize, tokens))
+    text = "".join(parts)
+    owner = np.repeat(np.arange(len(parts)), np.fromiter(map(len, parts), int, len(parts)))
+    if "  " in text:
+        spaces = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32) == ord(" ")
+        owner = owner[np.append(True, ~(spaces[1:] & spaces[:-1]))]
+        text = re.sub(" +", " ", text)
+    start = int(text.startswith(" "))
+    text = text.strip(" ")
+    return text, owner[start : start + len(text)]
 
+@functools.lru_cache(maxsize=2**17)
+def normalize(token):
+    """Return the characters that a token adds to the text: NFKC, runs of whitespace as one space.
 
-def _align_similar(pairs):
-    lengths = np.array([(len(teacher), len(student)) for teacher, student in pairs])  # (P, 2)
-    cost = -shared_characters(pairs)  # (L, P, N)
-    L, P, N = cost.shape
-    C = np.zeros((L, P, N + 1), dtype=np.int32)
-    np.cumsum(cost, axis=2, out=C[:, :, 1:])
-    f = np.full((L + 1, P, N + 1), 2**30, dtype=np.int32)  # as good as infinite
-    f[0, :, 0] = 0
-    for i in range(L):
-        best = np.minimum(f[i, :, 1:], f[i, :, :-1]) - C[i, :, :-1]
-        f[i + 1, :, 1:] = C[i, :, 1:] + np.minimum.accumulate(best, axis=1)
-
-    steps = []  # of the paths, the last first
-    p, (i, j) = np.arange(P), lengths.T
-    flat, row, place = f.reshape(-1), P * (N + 1), (i * P + p) * (N + 1) + j  # f(i, j) of pair p is flat[place]
-    while len(place):
-        steps.append(place)
-        diagonal, up, left = flat[place - row - 1], flat[place - row], flat[place - 1]
-        to_left = (left < diagonal) & (left < up)  # of equals the diagonal
-        place = place - np.where(to_left, 1, np.where(up < diagonal, row, row + 1))
-        place = place[place >= row]
-    i, p, j = np.unravel_index(np.concatenate(steps), (L + 1, P, N + 1))
-    first, last = np.zeros((2, P, N), dtype=int)  # the path's teacher tokens at each student token
-    last[p[::-1], j[::-1] - 1] = i[::-1]  # of several values for a place the last one stays
-    first[p, j - 1] = i - 1
-    numbers = list(range(L))
-    spans = zip(first.tolist(), last.tolist(), lengths[:, 1])
-    return [[numbers[a:b] for a, b in zip(start[:n], stop[:n])] for start, stop, n in spans]
-
-
-def shared_characters(pairs):
-    """How many characters of the text both s_i and t_j write: (L, P, N) for P pairs, 0 beyond a pair's own L and N."""
-    L, N = (max(len(pair[side]) for pair in pairs) for side in (0, 1))
-    cells = []
-    for p, (teacher, student) in enumerate(pairs):
-        (s_text, s_owner), (t_text, t_owner) = written(teacher), written(student)
-        if s_text != t_text:
-            blocks = matching_blocks(s_text, t_text)
-            s_owner = np.concatenate([s_owner[a : a + size] for a, _, size in blocks])
-            t_owner = np.concatenate([t_owner[b : b + size] for _, b, size in blocks])
-        cells.append((s_owner * len(pairs) + p) * N + t_owner)
-    counts = np.bincount(np.concatenate(cells), minlength=L * len(pairs) * N).astype(np.int32)
-    return counts.reshape(L, len(pairs), N)
-
+    A token that holds only part of a UTF-8 character (also written as U+FFFD) adds nothing.
+    """
+    if match := BYTES.fullmatch(token):
+        space, escaped, byte = match.groups()
+        raw = bytes.fromhex(byte or re.sub(r"\\+x", "", escaped))
+        token = (space or "") + raw.decode("utf-8", "ignore")
+    token = token.replace(WORD_BOUNDARY, " ").replace("\ufffd", "")
+    text = unicodedata.normalize("NFKC", token)
+    inner = " ".join(text.split())
+    start, end = " " * text[:1].isspace(), " " * text[-1:].isspace()
+    return start + inner + end if inner else start
 
 def matching_blocks(s, t):
-    """The places (a, b, size) where s[a : a + size] and t[b : b + size] are taken as the same part of two similar texts.
+    """Return (a, b, size) for the parts s[a : a + size] = t[b : b + size] of two similar texts.
 
-    The sequence matcher, which takes quadratic time, sees only what lies between the first and the last difference.
+    The sequence matcher takes quadratic time, so it sees only what lies between the first and the
+    last difference.
     """
     before = len(os.path.commonprefix([s, t]))
     after = len(os.path.commonprefix([s[before:][::-1], t[before:][::-1]]))
     s_end, t_end = len(s) - after, len(t) - after
-    between = SequenceMatcher(None, s[before:s_end], t[before:t_end], autojunk=False).get_matching_blocks()
-    return [(0, 0, before), *((a + before, b + before, size) for a, b, size in between), (s_end, t_end, after)]
+    matcher = SequenceMatcher(None, s[before:s_end], t[before:t_end], autojunk=False)
+    between = [(a + before, b + before, size) for a, b, size in matcher.get_matching_blocks()]
+    return [(0, 0, before), *between, (s_end, t_end, after)]
 
+# --- its fast twin ---
 
-def written(tokens):
-    """The text that tokens write, as T5 sees it, and for each of its characters the index of the token."""
-    parts = list(map(normalize, tokens))
-    text = " " + "".join(parts)
-    space = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32) == ord(" ")
-    owner = np.repeat(np.arange(len(parts)), list(map(len, parts)))
-    owner = owner[~(space[1:] & space[:-1])]  # of two spaces in a row the first counts, and none at the start
-    text = " ".join(text.split())
-    return text, owner[: len(text)]
+def align_batch(pairs):
+    """Return align(teacher, student) for each pair, in linear time: the recursion in closed form.
 
+    Every character that both texts share puts one cell (i, j) on the best path, and the path
+    collects them all. Between two such cells, (i, j) and the next (i', j'), nothing is gained, so
+    the traceback from (i', j') runs along the diagonal until it meets row i or column j. A student
+    token c with j <= c < j' therefore ends at the teacher token max(i, i' - (j' - c)). The path's
+    first and last cell complete the list.
+    """
+    return [align_in_closed_form(*pair) if all(pair) else [[] for _ in pair[1]] for pair in pairs]
 
-@functools.lru_cache(maxsize=2**17)
-def normalize(token):
-    """NFKC, with every run of white space, SentencePiece's mark included, as one space. A part of a UTF-8 sequence is no
-    character."""
-    if part := BYTES.fullmatch(token):
-        return part[1]
-    text = unicodedata.normalize("NFKC", token.replace(MARK, " "))
-    start, end = " " * text[:1].isspace(), " " * text[-1:].isspace()
-    inner = " ".join(text.split())
-    return start + inner + end if inner else start
+def align_in_closed_form(teacher, student):
+    """Align one pair of non-empty token lists as align_batch describes."""
+    L, N = len(teacher), len(student)
+    s_owner, t_owner = shared_characters(teacher, student)
+    i = np.concatenate([[0], s_owner, [L - 1, L]])  # the path's cells, and one beyond its end
+    j = np.concatenate([[0], t_owner, [N - 1, N]])
+    c = np.arange(N)
+    start = np.searchsorted(j, c, "left")
+    end = np.searchsorted(j, c, "right")  # cells start..end - 1 lie in column c
+    last = np.maximum(i[end - 1], i[end] - (j[end] - c))
+    first = np.where(start < end, i[start], last)
+    indices = list(range(L))
+    return [indices[a : b + 1] for a, b in zip(first.tolist(), last.tolist())]
 
+# --- the teacher's distributions ---
 
 def one_to_one(teacher, student, aligned):
-    """For each student token the index of the teacher token that is its only partner and spells the same, else None.
+    """Return the teacher token that each student token is one-to-one with: its index, or None.
 
-    White space aside: a teacher's newline counts for nothing, since T5 joins it to the next token as a space. What
-    remains is one to one just when both tokens write the same characters, unless T5 made the space a token of its own.
+    Two tokens are one-to-one if they write the same visible characters and no other aligned teacher
+    token writes any of them. Whitespace does not count: T5 merges a newline into the next token as
+    a space, and many teachers merge it into the token before, as in ".\\n".
     """
     partners = []
     for piece, indices in zip(student, aligned):
+        new_word = piece.startswith(WORD_BOUNDARY)
+        if new_word and len(indices) > 1 and normalize(teacher[indices[0]]).endswith(" "):
+            indices = indices[1:]  # it shares only the space before the word
         visible = [i for i in indices if normalize(teacher[i]).strip()]
         token = teacher[visible[0]] if len(visible) == 1 else ""
         same = normalize(token).strip() == normalize(piece).strip() != ""
-        lone_space = starts_a_word(token) and not piece.startswith(MARK)
+        # If T5 made the space a token of its own, the teacher's " 24" is two student tokens.
+        lone_space = starts_word(token) and not new_word
         partners.append(visible[0] if same and not lone_space else None)
     return partners
 
-
 def transfer(steps, student, vocab, k=5, aligned=None):
-    """The teacher's distributions over the student's tokens: one target row for each student token (section 4.1).
+    """Map the teacher's distributions onto the student's tokens: one target row per student token.
 
-    steps: for each teacher token (token, {candidate: probability}); a step without candidates has an empty dict.
-    student: the student's tokens of the same text. vocab: its pieces in the order of their ids, or {piece: id}.
-    aligned: what align(teacher, student) returned, where the caller has it already.
+    steps: for each teacher token (token, {candidate: probability}); the dict may be empty.
+    student: the student's tokens of the same text.
+    vocab: the student's pieces in the order of their ids, or {piece: id}.
+    aligned: align(teacher, student), if the caller has it already.
 
-    A student token in one-to-one alignment takes its partner's distribution: each candidate goes to the student token
-    with the same string (" " is "▁"), candidates that have none are dropped. Any other student token gets all
-    probability on itself, and so does one whose partner's candidates do not hold it with more than a rounded 0.
-    Returns ids (N, k) int32 and probs (N, k) float32, likeliest first, unused slots 0. Each row sums to at most 1 and
-    holds the student's own token. Raises ValueError where a probability is not one.
+    A one-to-one student token takes its partner's distribution: each candidate goes to the student
+    token with the same string (" " is "▁"), and candidates without one are dropped. Every other
+    student token gets a one-hot target. So does a token whose partner reports no (or zero)
+    probability for it.
+    Return ids (N, k) int32 and probs (N, k) float32, most probable first, unused slots 0. Each row
+    contains the student's own token and sums to at most 1. Raises ValueError for a probability
+    outside [0, 1].
     """
     index = vocab if isinstance(vocab, dict) else {piece: i for i, piece in enumerate(vocab)}
     teacher = [token for token, _ in steps]
     if aligned is None:
         (aligned,) = align_batch([(teacher, student)])
-    rows = []
-    for piece, i in zip(student, one_to_one(teacher, student, aligned)):
+    ids = np.zeros((len(student), k), dtype=np.int32)
+    probs = np.zeros((len(student), k), dtype=np.float32)
+    for j, (piece, i) in enumerate(zip(student, one_to_one(teacher, student, aligned))):
         own = index.get(piece, index.get("<unk>", 2))
-        row = {own: 1.0}
+        target = {own: 1.0}
         if i is not None and steps[i][1].get(teacher[i], 0) > 0:
-            line_start = piece.startswith(MARK) and not starts_a_word(teacher[i])  # "She" after a newline is "▁She"
-            row = {own: 0.0}
-            for candidate, probability in steps[i][1].items():
-                if not 0 <= probability <= 1.001:
-                    raise ValueError(f"teacher token {i}, {teacher[i]!r}: {candidate!r} has probability {probability}")
-                to = own if candidate == teacher[i] else index.get(student_piece(candidate, line_start))
+            # After a newline the teacher's "She" has no space, but the student's "▁She" does.
+            new_line = piece.startswith(WORD_BOUNDARY) and not starts_word(teacher[i])
+            target = {own: 0.0}
+            for candidate, p in steps[i][1].items():
+                if not 0 <= p <= 1.001:
+                    raise ValueError(f"at {teacher[i]!r}, {candidate!r} has probability {p}")
+                to = own if candidate == teacher[i] else index.get(spelling(candidate, new_line))
                 if to is not None:
-                    row[to] = row.get(to, 0.0) + probability
-        rows.append((own, row))
-    return target_rows(rows, k)
-
-
-def transfer_aligned(distributions, student, vocab, k=5):
-    """What `transfer` returns, where the distributions are over the student's tokens already.
-
-    distributions: {piece: probability} for each student token, from the first on; a student token that has none, or
-    one that does not hold it with more than a rounded 0, gets all probability on itself.
-    """
-    index = vocab if isinstance(vocab, dict) else {piece: i for i, piece in enumerate(vocab)}
-    rows = []
-    for piece, told in itertools.zip_longest(student, distributions[: len(student)], fillvalue={}):
-        own = index.get(piece, index.get("<unk>", 2))
-        row = {index[p]: probability for p, probability in told.items() if p in index}
-        if not all(0 <= probability <= 1.001 for probability in row.values()):
-            raise ValueError(f"at {piece!r} a probability is not between 0 and 1")
-        rows.append((own, row if row.get(own, 0) > 0 else {own: 1.0}))
-    return target_rows(rows, k)
-
-
-def target_rows(rows, k):
-    """(own id, {id: probability}) for each student token -> the ids and probs that `transfer` describes."""
-    ids = np.zeros((len(rows), k), dtype=np.int32)
-    probs = np.zeros((len(rows), k), dtype=np.float32)
-    for j, (own, row) in enumerate(rows):
-        others = sorted((to for to in row if to != own), key=row.get, reverse=True)[: k - 1]
-        kept = sorted((own, *others), key=row.get, reverse=True)
-        excess = max(1.0, sum(map(row.get, kept)))  # rounded probabilities can sum to a little over 1
+                    target[to] = target.get(to, 0.0) + p
+        others = sorted((to for to in target if to != own), key=target.get, reverse=True)
+        kept = sorted([own, *others[: k - 1]], key=target.get, reverse=True)
+        total = max(1.0, sum(map(target.get, kept)))  # rounding can lift the sum above 1
         ids[j, : len(kept)] = kept
-        probs[j, : len(kept)] = [row[to] / excess for to in kept]
-    probs[probs.sum(axis=1) > 1] *= 1 - 2**-20  # and so can they in float32
+        probs[j, : len(kept)] = [target[to] / total for to in kept]
+    probs[probs.sum(axis=1) > 1] *= 1 - 2**-20  # so can float32
     return ids, probs
 
-
 @functools.lru_cache(maxsize=2**18)
-def student_piece(candidate, line_start):
-    """The student's spelling of a teacher's candidate. At a line's start the teacher's tokens have no space before
-    them, but the student's do. White space has no spelling, but for the single space."""
-    word = normalize(candidate).strip().replace(" ", MARK)
+def spelling(candidate, new_line):
+    """Spell a teacher's candidate as a student piece. Whitespace is dropped, except one space."""
+    word = normalize(candidate).strip().replace(" ", WORD_BOUNDARY)
     if not word:
-        return MARK if candidate in (" ", MARK) else ""
-    return MARK + word if line_start or starts_a_word(candidate) else word
+        return WORD_BOUNDARY if candidate in (" ", WORD_BOUNDARY) else ""
+    return WORD_BOUNDARY + word if new_line or starts_word(candidate) else word
 
+def starts_word(token):
+    """Return whether a token begins with a space, in either spelling."""
+    return token[:1].isspace() or token.startswith(WORD_BOUNDARY)
 
-def starts_a_word(token):
-    """Whether a token begins with a space, in either's spelling."""
-    return token[:1].isspace() or token.startswith(MARK)
-
+# --- the command ---
 
 def draw(teacher, student, colour, width=100):
-    """Both tokenizations under each other, a column for each group of tokens that belong together; text to print.
+    """Format both tokenizations as two lines, one column per group of aligned tokens.
 
-    Green columns are one to one, so that the student takes the teacher's distribution; the others are yellow.
+    Green columns are one-to-one: the student takes the teacher's distribution. Others are yellow.
     """
     aligned = align(teacher, student)
     partners = one_to_one(teacher, student, aligned)
-    columns, last = [], -1  # each ([teacher indices], [student indices])
+    columns, last = [], -1  # each column: ([teacher indices], [student indices])
     for j, indices in enumerate(aligned):
-        if columns and indices[0] <= last:
-            columns[-1][1].append(j)
-            columns[-1][0].extend(i for i in indices if i > last)
-        else:
-            columns.append((list(indices), [j]))
+        if not columns or indices[0] > last:
+            columns.append(([], []))
+        columns[-1][0].extend(i for i in indices if i > last)
+        columns[-1][1].append(j)
         last = indices[-1]
-    lines, top, bottom, used = [], "", "", 0
+    lines, used = [], width
     for s, t in columns:
         above = "|".join(teacher[i].replace(" ", "·").replace("\n", "⏎") for i in s)
         below = "|".join(student[j] for j in t)
-        wide = max(len(above), len(below))
+        size = max(len(above), len(below))
+        if used + size + 1 > width:
+            lines += ["teacher  ", "student  ", ""]
+            used = len("teacher  ")
         green = len(t) == 1 and partners[t[0]] is not None
         start, end = (f"\033[{32 if green else 33}m", "\033[0m") if colour else ("", "")
-        if used and used + wide + 1 > width - 9:
-            lines += ["teacher  " + top, "student  " + bottom, ""]
-            top, bottom, used = "", "", 0
-        top += f"{start}{above:<{wide}}{end} "
-        bottom += f"{start}{below:<{wide}}{end} "
-        used += wide + 1
-    return "\n".join([*lines, "teacher  " + top, "student  " + bottom])
-
+        lines[-3] += f"{start}{above:<{size}}{end} "
+        lines[-2] += f"{start}{below:<{size}}{end} "
+        used += size + 1
+    return "\n".join(lines[:-1])
 
 def main():
-    """python align.py "text": draw how p50k_base and T5 cut a text and which tokens belong together."""
+    """Draw how two tokenizers split a text, and which tokens are aligned."""
     import sentencepiece
     import tiktoken
 
-    from data.download import InputError, hub_folder
-
-    parser = argparse.ArgumentParser(description="Draw the alignment of two tokenizations of a text.")
-    parser.add_argument("text")
-    parser.add_argument("--teacher", default="p50k_base", help="a tiktoken encoding (default: %(default)s)")
-    parser.add_argument("--student", default="google/flan-t5-small", help="a spiece.model's folder, or a hub name")
+    parser = argparse.ArgumentParser(description="Draw the alignment of two tokenizations.")
+    parser.add_argument("text", help="text to tokenize")
+    parser.add_argument("--teacher", default="p50k_base",
+                        help="tiktoken encoding (default: %(default)s)")
+    parser.add_argument("--student", help="T5's spiece.model, or a folder that contains it "
+                        "(default: one in the Hugging Face cache)")
     args = parser.parse_args()
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cached = home.glob("hub/models--*t5*/snapshots/*/spiece.model")
+    path = Path(args.student) if args.student else next(cached, home)
+    path = path / "spiece.model" if path.is_dir() else path
     try:
-        folder = hub_folder(args.student, vocabulary_only=True)
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         encoding = tiktoken.get_encoding(args.teacher)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}\n{args.teacher} is fetched once, into the folder that TIKTOKEN_CACHE_DIR names; "
-                 "without a network, copy that folder from a machine that has it")
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"error: {path}: {error}. `python t5.py google/flan-t5-small hi` downloads one; "
+                 "or pass --student FOLDER")
+    except ValueError as error:
+        sys.exit(f"error: --teacher {args.teacher}: {error}")
     teacher = [encoding.decode([i]) for i in encoding.encode(args.text, disallowed_special=())]
     student = pieces.encode(args.text, out_type=str)
     if not teacher or not student:
-        sys.exit("error: the text has no visible character")
-    colour = sys.stdout.isatty()
-    print(draw(teacher, student, colour, shutil.get_terminal_size().columns))
-
+        sys.exit("error: the text has no visible character; pass another")
+    print(draw(teacher, student, sys.stdout.isatty(), shutil.get_terminal_size().columns))
 
 if __name__ == "__main__":
     main()

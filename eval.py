@@ -1,72 +1,49 @@
-"""Problem sets, prompts, answer extraction, accuracy: what was gained (math) and what was lost (BIG-Bench Hard).
+"""Problem sets, prompts, answer extraction and accuracy: what math gained and what BBH lost.
 
-Read it in the order in which an answer is made: a problem is loaded and becomes a prompt, the final answer is
-extracted from what the model wrote and compared, by exact match and by the rule behind the paper's figures. Nothing
-here trains. The problem sets are read in their publishers' own formats; what becomes of predictions (their file, the
-table, the plots) is in data/predictions.py.
+The order is that of an answer: a problem is read and becomes a prompt, the model writes an output,
+the final answer is extracted and compared by exact match, and by the rule behind the paper's
+figures. Tables, plots and the command come last. Nothing here trains.
 
     python eval.py google/flan-t5-base google/flan-t5-large --tasks gsm8k,multiarith,asdiv,svamp,bbh
     python eval.py --show 5 runs/predictions.jsonl
+    python eval.py --plot scaling.png google/flan-t5-small google/flan-t5-base
 """
 
 import argparse
 import collections
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
+import textwrap
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from t5 import UNK, UserError, best_device, download, in_range, load_pretrained, model_file
+from t5 import packed_weights, pad_sequences, run_command, show_progress
 
-from data.calculator import calculator
-from data.cpu import packed
-from data.download import InputError, bounded, download, hub_folder, run_command, show
-from data.predictions import PredictionFile, compare, scaling_plot, show_cases, summarize, trade_off_plot
-from t5 import best_device, existing_device, load_pretrained, pad
+import numpy as np
+import torch  # after t5, which sets how OpenMP's threads wait
 
-MATH = ("gsm8k", "multiarith", "asdiv", "svamp")  # the paper's
-OUT_OF_DISTRIBUTION = MATH[1:]
-DEFAULT_DATA = Path(__file__).parent / "data" / "downloads"
+TOY = Path(__file__).resolve().parent / "data" / "toy"
+DEFAULT_DATA = Path(__file__).resolve().parent / "data" / "downloads"
 
-# Where each file comes from (GITHUB_ENDPOINT can name a mirror): its place in the data folder -> (repository at a commit, path there, SHA-256).
-GITHUB = os.environ.get("GITHUB_ENDPOINT", "https://raw.githubusercontent.com").rstrip("/")
-SOURCES = {
-    "gsm8k/train.jsonl": (
-        "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c", "grade_school_math/data/train.jsonl",
-        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-    "gsm8k/test.jsonl": (
-        "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c", "grade_school_math/data/test.jsonl",
-        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-    "multiarith/MultiArith.json": (
-        "kojima-takeshi188/zero_shot_cot/5ef330fcdeec0cd26aee27943504f91f8ec1c33c", "dataset/MultiArith/MultiArith.json",
-        "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4"),
-    "asdiv/ASDiv.xml": (
-        "chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47", "dataset/ASDiv.xml",
-        "ef8904068482919ac48c8eeaaf6df344b8a308ba66d048c2d4d87eab82dc4929"),
-    "svamp/SVAMP.json": (
-        "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53", "SVAMP.json",
-        "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
-}  # fmt: skip
-BBH_SOURCE = "suzgunmirac/BIG-Bench-Hard/9ee07bd481feebf959a6b59d61ea57bdcf30964d"
-BBH_TASKS = """boolean_expressions causal_judgement date_understanding disambiguation_qa dyck_languages formal_fallacies
-    geometric_shapes hyperbaton logical_deduction_five_objects logical_deduction_seven_objects
-    logical_deduction_three_objects movie_recommendation multistep_arithmetic_two navigate object_counting
-    penguins_in_a_table reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks
-    sports_understanding temporal_sequences tracking_shuffled_objects_five_objects
-    tracking_shuffled_objects_seven_objects tracking_shuffled_objects_three_objects web_of_lies word_sorting""".split()
-
+# --- problems ---
 
 @dataclass
 class Problem:
-    """A question and its gold answer: a number (float) where it is one, else text. solution: written reasoning, if
-    the set has it, without calculator marks and without the line of the final answer. written: the answer as the
-    publisher wrote it, where commas may stand in it; only the authors' rule of scoring reads it."""
+    """A question with its gold answer, a float if numeric, otherwise text.
+
+    solution: the reference reasoning, if any, without calculator marks and final-answer line.
+    written: the answer as published (it may contain commas), for the authors' scoring rule.
+    """
 
     question: str
     answer: float | str
@@ -75,169 +52,216 @@ class Problem:
 
     def __post_init__(self):
         if not (isinstance(self.question, str) and self.question.strip()):
-            raise ValueError("there is no text of a question")
-        if not (self.answer if isinstance(self.answer, str) else isinstance(self.answer, float) and math.isfinite(self.answer)):
-            raise ValueError(f"the answer {self.answer!r} is neither a float nor a text")
+            raise ValueError("the question is empty or not a string")
+        finite = isinstance(self.answer, float) and math.isfinite(self.answer)
+        if not finite and not (isinstance(self.answer, str) and self.answer):
+            raise ValueError(f"the answer {self.answer!r} is neither a finite number nor text")
 
+def parse_gsm8k(line):
+    """Parse a line of GSM8K: a solution with marks such as <<48/2=24>>, then `#### 72`."""
+    entry = json.loads(line)
+    if not isinstance(entry["answer"], (str, int, float)):
+        raise TypeError(f"the answer is {entry['answer']!r}")
+    solution, _, answer = str(entry["answer"]).rpartition("####")
+    solution = re.sub(r"<<.*?>>", "", solution).strip()
+    return Problem(entry["question"], parse_gold_answer(answer), solution, answer.strip())
 
-def load(task, split="test", folder=DEFAULT_DATA):
-    """The problems of a task ("gsm8k", "multiarith", "asdiv", "svamp" or the name of a BBH task) as a list of Problem.
+def parse_multiarith(entry):
+    """Parse a problem of MultiArith: the answer is a float in a list."""
+    return Problem(entry["sQuestion"].strip(), float(entry["lSolutions"][0]))
 
-    split: "train" (GSM8K alone has one), "validation", "test" or "all". No set has an official validation part: 500
-    problems of GSM8K's test file and of each other set (200 of MultiArith, and never more than half) are drawn for
-    validation with a fixed seed; the rest is the test part. Both parts are in random order, so that the first n are a
-    sample. (MultiArith holds some questions twice: 12 of its test part stand in the validation part, too.) BBH tasks
-    have "test" alone, whole.
-    Missing files are fetched. Raises InputError naming the file, and the line or problem where there is one.
+def parse_asdiv(node):
+    """Parse a problem of ASDiv: body and question, and an answer such as `9 (apples)`.
+
+    Of the 2,305 answers 212 are not one number (names, times, ratios, lists). They stay text.
     """
-    folder = Path(folder)
-    if split not in ("train", "validation", "test", "all"):
-        raise InputError(f"no split {split!r}: there are train, validation, test and all")
-    if task in bbh_tasks(folder):
-        if split in ("train", "validation"):
-            raise InputError(f"{task} has no {split} part: BIG-Bench Hard is for testing alone")
-        return read_problems(bbh_file(folder, f"bbh/{task}.json"), bbh_problems)
-    if task not in READERS:
-        raise InputError(f"no task {task!r}: there are {', '.join([*READERS, *bbh_tasks(folder)])}")
-    if split == "train" and task != "gsm8k":
-        raise InputError(f"{task} has no training part")
-    reader, name = READERS[task]
-    if split == "train":
-        name = "gsm8k/train.jsonl"
-    if name in SOURCES:
-        repository, path, sha256 = SOURCES[name]
-        download(f"{GITHUB}/{repository}/{path}", folder / name, sha256)
-    problems = read_problems(folder / name, reader)
-    if split in ("train", "all"):
-        return problems
-    random.Random(0).shuffle(problems)
-    size = min(200 if task == "multiarith" else 500, len(problems) // 2)
-    return problems[:size] if split == "validation" else problems[size:]
+    body, question, answer = (node.findtext(tag).strip() for tag in ("Body", "Question", "Answer"))
+    return Problem(f"{body} {question}", parse_gold_answer(re.sub(r"\s+\([^()]*\)", "", answer)))
 
+def parse_svamp(entry):
+    """Parse a problem of SVAMP: body and question are joined."""
+    body = entry["Body"].strip()
+    body += "" if body.endswith((".", "?", "!", ",")) else ","
+    return Problem(f"{body} {entry['Question'].strip()}", float(entry["Answer"]))
 
-def read_problems(path, reader):
-    """The problems that reader makes of the file's text; InputError naming the file and the place if it can't."""
-    place = []  # the reader leaves here where it is
-    try:
-        problems = [Problem(*fields) for fields in reader(Path(path).read_text(encoding="utf-8"), place)]
-        if not problems:
-            raise ValueError("it holds no problem")
-        return problems
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ElementTree.ParseError) as error:
-        fault = f"no {error}" if isinstance(error, KeyError) else error
-        where = ", ".join([str(path), *place[-1:]])
-        raise InputError(f"{where}: {fault}; mend the file (the publishers' are fetched anew when deleted)") from None
+def parse_bbh(entry):
+    """Parse an example of BIG-Bench Hard: input and target are texts."""
+    return Problem(entry["input"], entry["target"])
 
-
-def gsm8k_problems(text, place):
-    """GSM8K's JSONL: the solution's lines carry <<48/2=24>> marks for a calculator, the last is `#### 72`."""
-    for number, line in enumerate(text.strip().split("\n"), 1):
-        place.append(f"line {number}")
-        problem = json.loads(line)
-        if not isinstance(problem["answer"], (str, int, float)):
-            raise TypeError(f"the answer is {problem['answer']!r}")
-        solution, _, answer = str(problem["answer"]).rpartition("####")
-        yield problem["question"], gold(answer), re.sub(r"<<.*?>>", "", solution).strip(), answer.strip()
-
-
-def multiarith_problems(text, place):
-    """MultiArith's JSON: the answer is a float in a list."""
-    for number, problem in enumerate(json.loads(text)):
-        place.append(f"problem {number}")
-        yield problem["sQuestion"].strip(), float(problem["lSolutions"][0])
-
-
-def asdiv_problems(text, place):
-    """ASDiv's XML: body and question, the answer like `9 (apples)`. Of the 2,305 answers 212 are not one number
-    (names, times, ratios, lists): they stay text, and only the same text is right."""
-    if "<!DOCTYPE" in text:
-        raise ValueError("it has a DOCTYPE, whose entities could expand without end")
-    for problem in ElementTree.fromstring(text).iter("Problem"):
-        place.append(f"problem {problem.get('ID')}")
-        body, question, answer = (problem.findtext(tag).strip() for tag in ("Body", "Question", "Answer"))
-        yield f"{body} {question}", gold(re.sub(r"\s+\([^()]*\)", "", answer))
-
-
-def svamp_problems(text, place):
-    """SVAMP's JSON: body and question joined, the answer a float."""
-    for number, problem in enumerate(json.loads(text)):
-        place.append(f"problem {number}")
-        body = problem["Body"].strip()
-        body += "" if body.endswith((".", "?", "!", ",")) else ","
-        yield f"{body} {problem['Question'].strip()}", float(problem["Answer"])
-
-
-# The math sets: task -> (reader, its place in the data folder).
-READERS = {
-    "gsm8k": (gsm8k_problems, "gsm8k/test.jsonl"),
-    "multiarith": (multiarith_problems, "multiarith/MultiArith.json"),
-    "asdiv": (asdiv_problems, "asdiv/ASDiv.xml"),
-    "svamp": (svamp_problems, "svamp/SVAMP.json"),
-}
-
-
-def bbh_problems(text, place):
-    """BIG-Bench Hard's JSON: examples of input and target."""
-    for number, example in enumerate(json.loads(text)["examples"]):
-        place.append(f"example {number}")
-        yield example["input"], example["target"]
-
-
-def gold(text):
-    """A written answer as a number if it is one number or fraction, else as the text it is."""
+def parse_gold_answer(text):
+    """Return a published answer as a number if it is one, otherwise as text."""
     text = re.sub(r"[()]", "", text).strip()
     return extract_number(text) if NUMBER.fullmatch(text) else text.removesuffix(".")
 
+# --- problem sets ---
+
+@dataclass(frozen=True)
+class Dataset:
+    """A math problem set: its name, its file in the data folder, and the parser of one problem.
+
+    No set has an official validation part: `validation` problems (at most half) are drawn for it.
+    validate: evaluate that part at every checkpoint.
+    select: count it in the choice of the checkpoint.
+    """
+
+    name: str
+    file: str
+    parse: Callable
+    validation: int = 500
+    validate: bool = True
+    select: bool = True
+
+DATASETS = {
+    "gsm8k": Dataset("GSM8K", "gsm8k/test.jsonl", parse_gsm8k, select=False),
+    "multiarith": Dataset("MultiArith", "multiarith/MultiArith.json", parse_multiarith, 200),
+    "asdiv": Dataset("ASDiv", "asdiv/ASDiv.xml", parse_asdiv),
+    "svamp": Dataset("SVAMP", "svamp/SVAMP.json", parse_svamp),
+}
+GSM8K_TRAIN = "gsm8k/train.jsonl"
+# Where to download a file: (repository at a commit, path there, SHA-256).
+GITHUB = os.environ.get("GITHUB_ENDPOINT", "https://raw.githubusercontent.com").rstrip("/")
+GRADE_SCHOOL_MATH = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
+SOURCES = {
+    "gsm8k/train.jsonl": (
+        GRADE_SCHOOL_MATH, "grade_school_math/data/train.jsonl",
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+    "gsm8k/test.jsonl": (
+        GRADE_SCHOOL_MATH, "grade_school_math/data/test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    "multiarith/MultiArith.json": (
+        "kojima-takeshi188/zero_shot_cot/5ef330fcdeec0cd26aee27943504f91f8ec1c33c",
+        "dataset/MultiArith/MultiArith.json",
+        "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4"),
+    "asdiv/ASDiv.xml": (
+        "chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47", "dataset/ASDiv.xml",
+        "ef8904068482919ac48c8eeaaf6df344b8a308ba66d048c2d4d87eab82dc4929"),
+    "svamp/SVAMP.json": (
+        "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53", "SVAMP.json",
+        "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
+}
+BBH_SOURCE = "suzgunmirac/BIG-Bench-Hard/9ee07bd481feebf959a6b59d61ea57bdcf30964d"
+BBH_TASKS = """boolean_expressions causal_judgement date_understanding disambiguation_qa
+    dyck_languages formal_fallacies geometric_shapes hyperbaton logical_deduction_five_objects
+    logical_deduction_seven_objects logical_deduction_three_objects movie_recommendation
+    multistep_arithmetic_two navigate object_counting penguins_in_a_table
+    reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks
+    sports_understanding temporal_sequences tracking_shuffled_objects_five_objects
+    tracking_shuffled_objects_seven_objects tracking_shuffled_objects_three_objects web_of_lies
+    word_sorting""".split()
 
 def bbh_tasks(folder):
-    """The benchmark's 27 tasks; a data folder with tasks of other names has those instead."""
+    """Return the 27 tasks; if the data folder contains other tasks, those replace them."""
     found = {path.stem for path in Path(folder).glob("bbh/bbh/[!.]*.json")}
     return sorted(found) if found - set(BBH_TASKS) else BBH_TASKS
 
+def display_name(task, folder):
+    """Return the name of a task for people, so that nobody takes the toy world for real sets."""
+    is_toy = Path(folder).resolve() == TOY
+    if task in DATASETS:
+        return "toy-" * is_toy + DATASETS[task].name
+    return {"bbh": "generic" if is_toy else "BBH"}.get(task, task)
 
-def bbh_file(folder, name):
-    """A file of BBH in the data folder, fetched if it is missing."""
-    return download(f"{GITHUB}/{BBH_SOURCE}/{name}", Path(folder) / "bbh" / name)
+def data_file(folder, name):
+    """Return the path of a file in the data folder, after downloading it if it is missing."""
+    if name in SOURCES:
+        repository, path, sha256 = SOURCES[name]
+        return download(f"{GITHUB}/{repository}/{path}", Path(folder) / name, sha256)
+    if name.startswith("bbh/"):
+        url = f"{GITHUB}/{BBH_SOURCE}/{name.removeprefix('bbh/')}"
+        return download(url, Path(folder) / name)
+    return Path(folder) / name
 
+def load(task, split="test", folder=DEFAULT_DATA):
+    """Return the problems of a math set or of a BBH task as a list of Problem.
 
-def math_target(problem, cot):
-    """What the model should write: `{cot}\\nThe answer is {a}`, or the last line alone."""
-    answer = number_text(problem.answer)
-    return f"{problem.solution}\nThe answer is {answer}" if cot else f"The answer is {answer}"
+    split: "train" (only GSM8K has one), "validation", "test" or "all". Validation and test parts
+    are drawn with a fixed seed and are in random order, so that the first n are a sample. A BBH
+    task has only a test part. Raises UserError naming the file and the problem.
+    """
+    known = {"gsm8k": ("train", "validation", "test", "all")}
+    known |= {name: ("validation", "test", "all") for name in DATASETS if name != "gsm8k"}
+    known |= {name: ("test", "all") for name in bbh_tasks(folder)}
+    if task not in known:
+        raise UserError(f"no task {task!r}; choose from {', '.join(known)}")
+    if split not in known[task]:
+        raise UserError(f"{task} has no {split!r} part; choose from {', '.join(known[task])}")
+    if task not in DATASETS:
+        return read_problems(data_file(folder, f"bbh/bbh/{task}.json"), parse_bbh)
+    dataset = DATASETS[task]
+    if split == "train":
+        return read_problems(data_file(folder, GSM8K_TRAIN), dataset.parse)
+    problems = read_problems(data_file(folder, dataset.file), dataset.parse)
+    if split == "all":
+        return problems
+    random.Random(0).shuffle(problems)
+    size = min(dataset.validation, len(problems) // 2)
+    return problems[:size] if split == "validation" else problems[size:]
 
+def read_problems(path, parse):
+    """Read a file of problems (.jsonl, .json or .xml). Raises UserError naming file and problem."""
+    problems = []
+    try:
+        for entry in read_entries(path):
+            problems.append(parse(entry))
+        if not problems:
+            raise ValueError("it contains no problem")
+        return problems
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            ElementTree.ParseError) as error:
+        fault = f"no key {error}" if isinstance(error, KeyError) else error
+        unit = "line" if Path(path).suffix == ".jsonl" else "problem"
+        raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; fix the file, or delete it "
+                        "to download it again") from None
+
+def read_entries(path):
+    """Return the problems of a file as unparsed lines, JSON objects or XML nodes."""
+    text = Path(path).read_text(encoding="utf-8")
+    if Path(path).suffix == ".jsonl":
+        return text.strip().split("\n")
+    if Path(path).suffix == ".xml":
+        if "<!DOCTYPE" in text:
+            raise ValueError("it has a DOCTYPE, whose entities could expand without end")
+        return ElementTree.fromstring(text).iter("Problem")
+    entries = json.loads(text)
+    return entries["examples"] if isinstance(entries, dict) else entries
+
+# --- prompts and targets ---
 
 def number_text(answer):
-    """A gold answer as it is written: 72 and not 72.0."""
+    """Format a gold answer: 72, not 72.0."""
     return str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
 
+def math_target(problem, cot):
+    """Return the training target: `{cot}\\nThe answer is {a}`, or just the last line."""
+    answer = f"The answer is {number_text(problem.answer)}"
+    return f"{problem.solution}\n{answer}" if cot else answer
 
 def math_prompt(question, cot, demonstrations=()):
-    """A math question as one of the paper's four inputs: chain of thought or answer only, zero-shot or in context."""
+    """Return one of the paper's four inputs: chain of thought or answer-only, with or without
+    demonstrations in context."""
     if not cot and not demonstrations:
         return f"Q: {question} A:"
     ask = f"Q: {question}\n" + ("Let's think step by step" if cot else "A:")
-    return "".join(math_demonstration(shot, cot) for shot in demonstrations) + ask
-
+    return "".join(math_demonstration(problem, cot) for problem in demonstrations) + ask
 
 def math_demonstration(problem, cot):
-    """A solved problem as it stands before the question in context."""
+    """Return a solved problem as it precedes the question in context."""
     ask = f"Q: {problem.question}\n" + ("Let's think step by step\n" if cot else "A: ")
     return f"{ask}{math_target(problem, cot)}\n\n"
 
-
 def bbh_prompt(task, question, cot, folder=DEFAULT_DATA):
-    """A BBH question behind the benchmark's three demonstrations; answer-only is the same without their reasoning."""
-    return bbh_demonstrations(task, cot, folder) + f"Q: {question}\nA:" + " Let's think step by step." * cot
-
+    """Return a BBH question after the benchmark's three demonstrations of its task."""
+    ask = "A: Let's think step by step." if cot else "A:"
+    return f"{bbh_demonstrations(task, cot, folder)}Q: {question}\n{ask}"
 
 @functools.lru_cache(maxsize=64)
 def bbh_demonstrations(task, cot, folder):
-    """The task's description and demonstrations from cot-prompts/TASK.txt, up to the place of a new question."""
-    path = bbh_file(folder, f"cot-prompts/{task}.txt")
+    """Return a task's description and demonstrations; answer-only drops their reasoning."""
+    path = data_file(folder, f"bbh/cot-prompts/{task}.txt")
     try:
         text = path.read_text(encoding="utf-8").partition("-----\n")[2].strip()
         if not text:
-            raise ValueError("no demonstrations below a line of five hyphens")
+            raise ValueError("no demonstrations after a line of five hyphens")
         if not cot:
             reasoning = r"A: Let's think step by step\..*?[Tt]he answer is (.*?)\.?(?=\n\nQ: |\Z)"
             text, count = re.subn(reasoning, r"A: \1", text, flags=re.DOTALL)
@@ -245,19 +269,19 @@ def bbh_demonstrations(task, cot, folder):
                 raise ValueError("not every demonstration ends in 'the answer is ...'")
         return text + "\n\n"
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {error}; delete it to have it fetched anew") from None
+        raise UserError(f"{path}: {error}; delete it to download it again") from None
 
+# --- answers ---
 
-# A number as people write it: sign, currency, thousands commas, decimals, a fraction's denominator. A minus behind a
-# digit or a bracket is a subtraction.
+# A number as people write it. A minus after a digit or a bracket is a subtraction.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)%.])(?<![\d)%.] )[-−]\$?|\$-)?\$?(?P<value>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"
-    r"(?:/(?P<denominator>[1-9]\d*)(?!\d|\.\d))?"
+    r"(?P<sign>(?<![\w)%.])(?<![\d)%.] )[-−]\$?|\$-)?\$?"  # -5, −5, -$5, $-5
+    r"(?P<value>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"  # 1,234.50 or 12 or .5
+    r"(?:/(?P<denominator>[1-9]\d*)(?!\d|\.\d))?"  # 1/2
 )
 
-
 def extract_number(text):
-    """The final answer of a math solution: the last number in it; None if there is none."""
+    """Return the final answer of a math solution: the last number in it, or None."""
     match = None
     for match in NUMBER.finditer(text):
         pass
@@ -266,189 +290,434 @@ def extract_number(text):
     value = float(match["value"].replace(",", "")) / float(match["denominator"] or 1)
     return -value if match["sign"] else value
 
-
 def extract_choice(text):
-    """The final answer of a BBH output, by the benchmark's rule: what follows the last "answer is ", without a final
-    period; where nothing says "answer is ", as in answer-only outputs, the whole text. Comparable by == with the
-    target: "(A) or (B)" is neither."""
+    """Return the final answer of a BBH output by the benchmark's rule.
+
+    It is what follows the last "answer is ", without a final period, or else the complete text, as
+    in answer-only outputs. Compare with ==: an output such as "(A) or (B)" matches neither option.
+    """
     _, phrase, answer = text.rpartition("answer is ")
     return answer.strip().removesuffix(".") if phrase else answer.strip()
 
-
-def is_correct(output, answer):
-    """Exact match: of the final number where the gold answer is a number, else of the final answer's text."""
+def exact_match(output, answer):
+    """Return whether the final answer of an output equals the gold answer, a float or a text."""
     if isinstance(answer, float):
         return extract_number(output) == answer
     return extract_choice(output) == answer
 
+def authors_match(output, answer, is_math, cot):
+    """Score an output by the rules behind the paper's figures; answer is a text.
 
-def is_correct_by_authors(output, answer, is_math, cot):
-    """The rules behind the paper's figures; answer is a text.
-
-    Math: the last run of digits of either, so that signs do not count and "1,080" is read as 80. BBH: the answer
-    occurs anywhere after "the answer is", or anywhere in the output to an answer-only prompt.
+    Math: the last run of digits of either, so signs do not count and "1,080" is read as 80. BBH:
+    the answer occurs anywhere after "the answer is", or anywhere in an answer-only output.
     """
     if is_math:
         predicted, target = (re.findall(r"\d*\.?\d+", text) for text in (output, answer))
         return bool(predicted and target) and float(predicted[-1]) == float(target[-1])
     return answer in (output.partition("the answer is")[2] if cot else output)
 
-
-# --- from outputs to accuracies ---
-
-
-def majority(outputs, extract):
-    """Self-consistency (Wang et al., 2022, arXiv 2203.11171): of sampled outputs the first that ends in the commonest
-    answer. What has no number has no vote."""
+def self_consistency(outputs, extract):
+    """Return the first sampled output whose answer is the most common one (Wang et al., 2022,
+    arXiv 2203.11171). Outputs without an extractable answer do not vote."""
     answers = [extract(output) for output in outputs]
     votes = collections.Counter(answer for answer in answers if answer is not None)
     return outputs[answers.index(votes.most_common(1)[0][0])] if votes else outputs[0]
 
+# --- accuracy ---
 
-def judge(problem, task, prompt, outputs, cot):
-    """A problem's prediction, as it is kept: right or not by exact match and by the authors' rule."""
-    extract = extract_number if isinstance(problem.answer, float) else extract_choice
-    output = majority(outputs, extract)
-    written = problem.written or number_text(problem.answer)
-    prediction = {
-        "task": task, "question": problem.question, "prompt": prompt, "output": output, "extracted": extract(output),
-        "answer": problem.answer, "correct": is_correct(output, problem.answer),
-        "correct_by_authors": is_correct_by_authors(output, written, task in READERS, cot),
-    }  # fmt: skip
-    return prediction | ({"outputs": outputs} if len(outputs) > 1 else {})
+def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tokens=256, samples=1,
+             temperature=0.7, use_calculator=False, task="gsm8k", cot=True, file=None):
+    """Evaluate a model on problems: greedily, or by majority vote over sampled outputs.
 
-
-def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tokens=256, samples=1, temperature=0.7,
-             use_calculator=False, task="gsm8k", cot=True, file=None):  # fmt: skip
-    """Accuracy of a model on problems: greedy, or by majority vote over samples drawn at a temperature.
-
-    prompt: a function from question to input; by default zero-shot math. Problems of similar length share
-    a batch, so that little is padded. file: a PredictionFile; what it knows is not generated again, only judged.
-    Returns an Evaluation with the predictions in the order of the problems. Raises InputError where there is none.
+    prompt: a function from question to input (default: zero-shot math).
+    file: a PredictionFile; outputs already in it are re-scored but not generated again.
+    Return an Evaluation with the predictions in the order of the problems.
     """
     if not problems:
-        raise InputError(f"{task}: no problem to evaluate")
+        raise UserError(f"{task}: no problem to evaluate; raise --limit")
     prompt = prompt or functools.partial(math_prompt, cot=cot)
     prompts = [prompt(problem.question) for problem in problems]
     outputs = [file.outputs(task, text) if file else None for text in prompts]
-    encoded = {i: tokenizer.encode(text) for i, text in enumerate(prompts) if outputs[i] is None}
-    order = sorted(encoded, key=lambda i: -len(encoded[i]))
+    input_ids = {i: tokenizer.encode(prompts[i]) for i, known in enumerate(outputs) if not known}
     device = model.shared.weight.device
-    decoding = {"max_new_tokens": max_new_tokens, "num_samples": samples}
+    options = {"max_new_tokens": max_new_tokens, "num_samples": samples}
     if samples > 1:
-        decoding |= {"temperature": temperature, "generator": torch.Generator(device).manual_seed(0)}
+        options |= {"temperature": temperature, "generator": torch.Generator(device).manual_seed(0)}
     if use_calculator:
-        decoding["logits_processor"] = calculator(tokenizer)
-    with packed(model.decoder, model.lm_head):  # once for all batches
+        options["logits_processor"] = calculator(tokenizer)
+
+    # Problems of similar length share a batch, so that little is padded; the longest come first.
+    order = sorted(input_ids, key=lambda i: -len(input_ids[i]))
+    with packed_weights(model.decoder, model.lm_head):
         for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = model.generate(pad([encoded[i] for i in chosen], device), **decoding)
-            texts = [tokenizer.decode(row) for row in rows.tolist()]
-            for i in chosen:
-                outputs[i], texts = texts[:samples], texts[samples:]
+            batch = order[start : start + batch_size]
+            source = pad_sequences([input_ids[i] for i in batch], device)
+            texts = [tokenizer.decode(ids) for ids in model.generate(source, **options).tolist()]
+            for n, i in enumerate(batch):
+                outputs[i] = texts[n * samples : (n + 1) * samples]
                 if file:
-                    file.add(judge(problems[i], task, prompts[i], outputs[i], cot))
-            show(f"{task}: {min(start + batch_size, len(order))} of {len(order)}")
-    show("")
-    return summarize([judge(problems[i], task, prompts[i], outputs[i], cot) for i in range(len(problems))])
+                    file.add(score(problems[i], task, prompts[i], outputs[i], cot))
+            show_progress(f"{task}: {min(start + batch_size, len(order))} of {len(order)}")
+    show_progress("")
+    return summarize([score(*each, cot) for each in
+                      zip(problems, itertools.repeat(task), prompts, outputs)])
 
+def score(problem, task, prompt, outputs, cot):
+    """Return the prediction for a problem: a dict with its score by exact match and by the
+    authors' rule."""
+    extract = extract_number if isinstance(problem.answer, float) else extract_choice
+    output = self_consistency(outputs, extract)
+    written = problem.written or number_text(problem.answer)
+    prediction = {
+        "task": task, "question": problem.question, "prompt": prompt, "output": output,
+        "extracted": extract(output), "answer": problem.answer,
+        "correct": exact_match(output, problem.answer),
+        "correct_by_authors": authors_match(output, written, task in DATASETS, cot),
+    }
+    return prediction | ({"outputs": outputs} if len(outputs) > 1 else {})
 
-def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None, shots=0, **options):
-    """evaluate() on a task by name. "bbh" is all BBH tasks: the mean over tasks, with the benchmark's demonstrations.
+def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None,
+                  shots=0, **options):
+    """Evaluate a task by name; "bbh" is the mean over all BBH tasks, on their test parts.
 
-    split: of a math set; BBH has a test part alone. limit: at most that many problems (of each task). shots:
-    demonstrations from GSM8K's training set for math tasks.
+    limit: at most this many problems per task.
+    shots: demonstrations from GSM8K's training set before a math problem (BBH has its own three).
     """
     if task == "bbh":
-        parts = [
-            evaluate_task(model, tokenizer, name, cot, "test", folder, limit, **options) for name in bbh_tasks(folder)
-        ]
+        parts = [evaluate_task(model, tokenizer, name, cot, "test", folder, limit, **options)
+                 for name in bbh_tasks(folder)]
         return summarize([prediction for part in parts for prediction in part.predictions])
-    problems = load(task, split if task in READERS else "test", folder)[:limit]
-    if task in READERS:
-        demonstrations = random.Random(0).sample(load("gsm8k", "train", folder), shots) if shots else ()
+    if task in DATASETS:
+        problems = load(task, split, folder)[:limit]
+        pool = load("gsm8k", "train", folder) if shots else []
+        demonstrations = random.Random(0).sample(pool, shots)
         prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
     else:
-        prompt = lambda question: bbh_prompt(task, question, cot, folder)  # noqa: E731
+        problems = load(task, "test", folder)[:limit]
+        prompt = functools.partial(bbh_prompt, task, cot=cot, folder=folder)
     return evaluate(model, tokenizer, problems, prompt, task=task, cot=cot, **options)
 
+@dataclass
+class Evaluation:
+    """An accuracy (0 to 1), its standard error, and one prediction (a dict) per problem."""
+
+    accuracy: float
+    stderr: float
+    predictions: list
+
+def summarize(predictions, rule="correct", baseline=None):
+    """Average predictions over tasks; return an Evaluation.
+
+    rule: "correct" or "correct_by_authors".
+    baseline: another model's predictions on the same problems. Then the accuracy is the difference
+    to them and the standard error that of paired differences.
+    """
+    scores = {}
+    for prediction, other in zip(predictions, baseline or itertools.repeat({rule: 0})):
+        scores.setdefault(prediction["task"], []).append(prediction[rule] - other[rule])
+    tasks = [np.array(task, dtype=float) for task in scores.values()]
+    variance = sum(task.var() / len(task) for task in tasks) / len(tasks) ** 2
+    mean = float(np.mean([task.mean() for task in tasks]))
+    return Evaluation(mean, float(variance) ** 0.5, predictions)
+
+# --- a calculator for decoding ---
+
+def calculator(tokenizer):
+    """Return a logits processor that makes the model write the value after "48 / 2 =".
+
+    Cobbe et al., 2021 (arXiv 2110.14168) trained with a calculator; here it only helps decoding. If
+    the text before "=" is not clearly arithmetic, the model is left alone.
+    """
+    equals = {i for i, piece in enumerate(tokenizer.pieces) if piece.endswith("=")}
+    points = {i for i, piece in enumerate(tokenizer.pieces) if piece in (".", ",")}
+    digits = [i for i, piece in enumerate(tokenizer.pieces) if re.match(r"[.,]?\d", piece)]
+
+    @functools.lru_cache(maxsize=4096)
+    def value_ids(ids):
+        text = tokenizer.decode(ids)
+        value = None if UNK in ids else compute(text)  # <unk> may be an operator
+        prefix = "" if text.endswith(" =") else "="
+        return tokenizer.encode(prefix + value)[len(prefix) : -1] if value else []
+
+    def process(rows, logits):  # (B, t), (B, V) -> (B, V)
+        for row, ids in enumerate(rows.tolist()):
+            start = max((t + 1 for t, i in enumerate(ids) if i in equals), default=0)
+            value = value_ids(tuple(ids[:start])) if start else []
+            written = ids[start:]
+            if value and (written == value or written[:-1] == value and written[-1] in points):
+                logits[row, digits] = -math.inf  # no more digits, and no decimals
+            elif value and written == value[: len(written)]:
+                logits[row] = -math.inf
+                logits[row, value[len(written)]] = 0
+        return logits
+
+    return process
+
+def compute(text):
+    """Return the value of the arithmetic before a final "=", as text, or None if in doubt."""
+    text = text.removesuffix("=").rstrip()
+    found = re.search(r"(?:[\d\s.,+*/()$-]|(?<=\d)x(?=\d)|(?<=\s)x(?=\s))+$", text[-100:])
+    expression = re.split(r"[.,]\s+", found[0])[-1].strip() if found else ""  # drop a sentence
+    before = text[: len(text) - len(expression)].rstrip(" ")
+    unclear = r"[+*/x]|- |.*(?:\d\s*\(|\)\s*\d|\)\s*\(|\*\*|//|\d\s+\d)"  # or an operator missing
+    if re.search(r"[^\s.,:]$", before) and re.search(r"[^a-z]$|[^\sa-z]| of$|\dx$", before[-3:]):
+        return None
+    if re.match(unclear, expression) or not re.search(r"[\d)]\s*[-+*/x]", expression):
+        return None
+    try:  # only digits, operators and brackets are left
+        value = eval(expression.translate(str.maketrans("x", "*", "$,")), {"__builtins__": {}})
+    except (SyntaxError, ZeroDivisionError, OverflowError, TypeError, MemoryError):
+        return None
+    digits = f"{value:.4f}".rstrip("0").rstrip(".")
+    return None if value and float(digits) == 0 else "$" * ("$" in expression) + digits
+
+# --- predictions, tables ---
+
+class PredictionFile:
+    """Predictions in a JSONL file, flushed line by line, so that an evaluation can be resumed.
+
+    Each line records the model's name and the settings that affect its output (weights, decoding).
+    A line is reused only if task, prompt, model and settings are the same, so one file can hold
+    several models. A line cut short by an interruption is ignored.
+    """
+
+    def __init__(self, path, model, **settings):
+        self.path = Path(path)
+        self.origin = {"model": model, "settings": settings}
+        self.known = {}
+        for p in read_predictions(path) if self.path.exists() else ():
+            if {key: p.get(key) for key in self.origin} == self.origin:
+                self.known[p["task"], p["prompt"]] = p.get("outputs", [p["output"]])
+
+    def outputs(self, task, prompt):
+        """Return the model's outputs for a prompt, a list of texts, or None if unknown."""
+        return self.known.get((task, prompt))
+
+    def add(self, prediction):
+        """Append a prediction."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab+") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                file.write(b"\n")  # end a line that was cut short
+            file.write(json.dumps(self.origin | prediction).encode() + b"\n")
+
+def read_predictions(path):
+    """Read a file of predictions as dicts. Raises UserError if it is something else."""
+    predictions, damaged = [], 0
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; `eval.py MODEL --out {path}` writes one") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            prediction = json.loads(line)
+        except (ValueError, RecursionError):
+            damaged += 1
+            continue
+        keys = ("task", "prompt", "output")
+        if type(prediction) is not dict or not all(type(prediction.get(k)) is str for k in keys):
+            raise UserError(f"{path}, line {number}: not a prediction; choose another --out")
+        predictions.append(prediction)
+    if damaged > 1 + len(predictions) or (damaged and not lines[0].startswith(b"{")):
+        raise UserError(f"{path}: not a file of predictions; choose another --out")
+    return predictions
+
+def table(columns, rows):
+    """Format a table: column names, then rows (name, [Evaluation or None]) in percent."""
+    cells = [[f"{100 * e.accuracy:.1f} ± {100 * e.stderr:.1f}" if e else "-" for e in entries]
+             for _, entries in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    names = ["accuracy, %", *(name for name, _ in rows)]
+    lines = [f"{name:<{max(map(len, names))}}" + "".join(f"  {x:>{w}}" for x, w in zip(line, widths))
+             for name, line in zip(names, [columns, *cells])]
+    return "\n".join(lines)
+
+def compare(tasks, models):
+    """Format a table with a row per task and a column per model, {model: [Evaluation per task]}.
+
+    Each model but the first also has a column with its paired difference to the first. The rows
+    follow twice: by exact match, then by the authors' rules, with what these change.
+    """
+    baseline, *others = models.values()
+    columns, rows = list(models) + [f"{name} - first" for name in list(models)[1:]], []
+    for rule, suffix in (("correct", ""), ("correct_by_authors", ", authors' rule")):
+        for i, task in enumerate(tasks):
+            entries = [summarize(e[i].predictions, rule) for e in models.values()]
+            entries += [summarize(e[i].predictions, rule, baseline[i].predictions) for e in others]
+            rows.append((f"{task} ({len(baseline[i].predictions)}){suffix}", entries))
+    lines = [table(columns, rows), ""]
+    predictions = [p for entries in models.values() for e in entries for p in e.predictions]
+    for name, is_math in (("math", True), ("BIG-Bench Hard", False)):
+        chosen = [p for p in predictions if (p["task"] in DATASETS) == is_math]
+        missed = sum(p["correct"] and not p["correct_by_authors"] for p in chosen)
+        accepted = sum(p["correct_by_authors"] and not p["correct"] for p in chosen)
+        if chosen:
+            lines.append(f"On {len(chosen):,} {name} outputs the authors' rule rejects {missed:,} "
+                         f"right answers and accepts {accepted:,} wrong ones.")
+    return "\n".join(lines)
+
+def show_cases(path, count, tasks):
+    """Yield lines of text: up to `count` right and wrong predictions per model and task."""
+    width = shutil.get_terminal_size((80, 24)).columns
+    groups = {}
+    for p in read_predictions(path):
+        if p["task"] in tasks or not tasks:
+            key = p.get("model", ""), p["task"], bool(p.get("correct"))
+            groups.setdefault(key, []).append(p)
+    if not groups:
+        raise UserError(f"{path}: no prediction of these tasks yet; `eval.py MODEL` writes them")
+    for (model, task, correct), cases in sorted(groups.items()):
+        yield f"=== {model}, {task}: {len(cases)} {'right' if correct else 'wrong'} ==="
+        for p in cases[:count]:
+            answer = f"-> {p.get('extracted')}   gold: {p.get('answer')}"
+            text = f"{p.get('question') or p['prompt']}\n\n{p['output']}\n{answer}"
+            for line in text.split("\n"):
+                yield from textwrap.wrap(line, width) or [""]
+            yield "-" * width
+
+# --- plots ---
+
+def log_linear_fit(parameters, accuracies):
+    """Fit accuracy = intercept + slope * log10(parameters); return (slope, intercept)."""
+    slope, intercept = np.polyfit(np.log10(parameters), accuracies, 1)
+    return float(slope), float(intercept)
+
+def scaling_plot(path, points):
+    """Plot accuracy against model size, with the log-linear fit.
+
+    points: {task: [(parameters, accuracy, standard error) per model]}, at least two sizes.
+    """
+    if any(len({size for size, _, _ in models}) < 2 for models in points.values()):
+        raise UserError("a scaling plot needs models of at least two sizes; add a model")
+    figure, axes = new_figure("parameters", "accuracy (%)")
+    for task, models in points.items():
+        sizes, accuracies, stderrs = (np.array(column) for column in zip(*sorted(models)))
+        slope, intercept = log_linear_fit(sizes, 100 * accuracies)
+        label = f"{task}: {slope:+.1f} points per factor of 10"
+        drawn = axes.errorbar(sizes, 100 * accuracies, 100 * stderrs, fmt="o", capsize=3, label=label)
+        axes.plot(sizes, intercept + slope * np.log10(sizes), "--", color=drawn[0].get_color())
+    axes.set_xscale("log")
+    save_figure(figure, axes, path)
+
+def trade_off_plot(path, log):
+    """Plot the validation accuracies in a run's log.jsonl against training steps."""
+    curves = {}
+    for entry in read_log(log):
+        for task, (accuracy, stderr) in entry.get("validation", {}).items():
+            curves.setdefault(task, []).append((entry["step"], 100 * accuracy, 100 * stderr))
+    if not curves:
+        raise UserError(f"{log}: no validation yet; wait for the first checkpoint")
+    figure, axes = new_figure("optimizer step", "validation accuracy (%)")
+    for task, points in curves.items():
+        steps, accuracies, stderrs = zip(*points)
+        axes.errorbar(steps, accuracies, stderrs, fmt="o-", capsize=3, label=task)
+    save_figure(figure, axes, path)
+
+def read_log(path):
+    """Read a run's log.jsonl as a list of dicts, without a last line that was cut short."""
+    entries = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        for line in lines[:-1]:
+            entries.append(json.loads(line))
+            entries[-1]["step"] + 0
+        return entries
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; specialize.py writes runs/NAME/log.jsonl") from None
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        where = f"{path}, line {max(1, len(entries))}"
+        raise UserError(f"{where}: not an entry of a log ({error}); delete this line") from None
+
+def new_figure(xlabel, ylabel):
+    """Return an empty figure and its axes. Raises UserError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib; run: pip install matplotlib") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+def save_figure(figure, axes, path):
+    """Write a figure in the format of the file's extension."""
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; choose another name") from None
 
 # --- the command ---
 
-
 def parse_arguments():
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description="Evaluate T5 checkpoints on math problems and BIG-Bench Hard.",
-        epilog="`--show N FILE` and `--plot PICTURE runs/NAME/log.jsonl` look at what was written and evaluate nothing.",
-    )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="HF-format folders or hub names")
-    parser.add_argument("--tasks", default=",".join(MATH), help=f"of {', '.join(READERS)}, bbh or a BBH task")
-    parser.add_argument("--shots", type=int, default=0, choices=[0, 4], help="demonstrations for math (BBH has its 3)")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--cot", action="store_true", default=True, help="chain of thought (default)")
-    mode.add_argument("--direct", dest="cot", action="store_false", help="answer only")
-    parser.add_argument("--samples", type=bounded(int, above=0), default=1, metavar="N", help="self-consistency: majority vote over N samples")
-    parser.add_argument("--temperature", type=bounded(float, above=0), default=0.7, help="of the samples (default: %(default)s)")
-    parser.add_argument("--calculator", action="store_true", help="compute what follows '=' and force it")
-    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of the problem sets")
-    parser.add_argument("--split", default="test", choices=["validation", "test", "all"], help="of the math sets: one of two parts, or both")
-    parser.add_argument("--limit", type=bounded(int, above=0), help="evaluate at most this many problems a task")
-    parser.add_argument("--batch-size", type=bounded(int, above=0), default=32)
-    parser.add_argument("--max-new-tokens", type=bounded(int, above=0), default=256)
-    parser.add_argument("--out", type=Path, default=Path("runs/predictions.jsonl"),
-                        help="every prediction as a JSON line; what it holds is not made again (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--show", type=bounded(int), metavar="N", help="show N right and N wrong cases of a predictions file")
-    parser.add_argument("--plot", type=Path, metavar="PICTURE", help="draw accuracy against model size, or a run's log")
-    parser.add_argument("--device", type=existing_device, default=best_device(), help="cpu, cuda or mps (default here: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, positive = parser.add_argument, in_range(int, above=0)
+    add("models", nargs="+", metavar="MODEL", help="folders or hub names")
+    add("--tasks", default=",".join(DATASETS), help="math sets, bbh or names of BBH tasks")
+    add("--shots", type=int, default=0, choices=[0, 4], help="demonstrations before a math problem")
+    add("--answer-only", dest="cot", action="store_false", help="prompt without chain of thought")
+    add("--samples", type=positive, default=1, help="outputs per problem for a majority vote")
+    add("--temperature", type=in_range(float, above=0), default=0.7, help="used with --samples")
+    add("--calculator", action="store_true", help="after '=', force the correct value")
+    add("--data", type=Path, default=DEFAULT_DATA, help="folder of the problem sets")
+    add("--split", default="test", choices=["validation", "test", "all"], help="part of math sets")
+    add("--limit", type=positive, help="problems per task")
+    add("--batch-size", type=positive, default=32, help="problems per batch")
+    add("--max-new-tokens", type=positive, default=256, help="longest output")
+    add("--out", type=Path, default=Path("runs/predictions.jsonl"), help="file of predictions; those"
+        " in it are not generated again")
+    add("--show", type=in_range(int), metavar="N", help="show N right and N wrong predictions per "
+        "task of the files MODEL ..., and exit")
+    add("--plot", type=Path, metavar="PICTURE", help="plot accuracy against model size, or the "
+        "validation accuracies of one log.jsonl, given as MODEL")
+    add("--device", choices=["cpu", best_device()], default=best_device(), help="where to run")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the weights")
     args = parser.parse_args()
     args.tasks = [task.strip() for task in args.tasks.split(",")]
     return args
 
-
-def weights_id(model):
-    """A short hash that tells one training's weights from another's: of the first 64 numbers of every parameter."""
-    few = [parameter.detach().flatten()[:64].float().cpu().numpy().tobytes() for parameter in model.parameters()]
+def weights_hash(model):
+    """Return a short hash of the first 64 numbers of every parameter."""
+    few = [p.detach().flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters()]
     return hashlib.sha256(b"".join(few)).hexdigest()[:16]
 
-
 def main():
-    """python eval.py MODEL ...: accuracies of one or more models on tasks."""
+    """Print the accuracies of models on tasks."""
     args = parse_arguments()
     if args.show is not None:
-        print(*(line for path in args.models for line in show_cases(path, args.show)), sep="\n")
+        for path in args.models:
+            print(*show_cases(path, args.show, args.tasks), sep="\n")
         return
-    if args.plot and str(args.models[0]).endswith(".jsonl"):
-        trade_off_plot(args.plot, args.models[0])
-        return
-    known = [*READERS, "bbh", *bbh_tasks(args.data)]
-    for task in args.tasks:
-        if task not in known:
-            raise InputError(f"no task {task!r}: there are {', '.join(known)}")
-    models, sizes = {}, {}
-    for name in args.models:  # all of them found before one of them is evaluated
-        hub_folder(name)
+    if args.plot and args.models[0].endswith(".jsonl"):
+        return trade_off_plot(args.plot, args.models[0])
+    known = [*DATASETS, "bbh", *bbh_tasks(args.data)]
+    if unknown := [task for task in args.tasks if task not in known]:
+        raise UserError(f"no task {unknown[0]!r}; choose from {', '.join(known)}")
+    for name in args.models:  # find all models before evaluating the first
+        model_file(name, "config.json")
+    models, points = {}, {task: [] for task in args.tasks}
     for name in args.models:
-        model, tokenizer = load_pretrained(name, device=args.device, dtype=getattr(torch, args.dtype))
-        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
-        decoding = {"max_new_tokens": args.max_new_tokens, "samples": args.samples, "use_calculator": args.calculator}
-        decoding["temperature"] = args.temperature if args.samples > 1 else 0.0
-        settings = {"weights": weights_id(model), "dtype": args.dtype, "cot": args.cot, "shots": args.shots} | decoding
-        file = PredictionFile(args.out, name, **settings)
-        options = decoding | {"batch_size": args.batch_size, "file": file}
+        dtype = getattr(torch, args.dtype)
+        model, tokenizer = load_pretrained(name, device=args.device, dtype=dtype)
+        decoding = {"max_new_tokens": args.max_new_tokens, "samples": args.samples,
+                    "temperature": args.temperature if args.samples > 1 else 0.0,
+                    "use_calculator": args.calculator}
+        file = PredictionFile(args.out, name, weights=weights_hash(model), dtype=args.dtype,
+                              cot=args.cot, shots=args.shots, **decoding)
         models[name] = [
-            evaluate_task(model, tokenizer, task, args.cot, args.split, args.data, args.limit, args.shots, **options)
-            for task in args.tasks
-        ]
-    print(compare(args.tasks, models, READERS))
+            evaluate_task(model, tokenizer, task, args.cot, args.split, args.data, args.limit,
+                          args.shots, batch_size=args.batch_size, file=file, **decoding)
+            for task in args.tasks]
+        size = sum(parameter.numel() for parameter in model.parameters())
+        for task, e in zip(args.tasks, models[name]):
+            points[task].append((size, e.accuracy, e.stderr))
+    print(compare(args.tasks, models))
     if args.plot:
-        points = {
-            task: [(sizes[name], entries[i].accuracy, entries[i].stderr) for name, entries in models.items()]
-            for i, task in enumerate(args.tasks)
-        }
         scaling_plot(args.plot, points)
-
 
 if __name__ == "__main__":
     run_command(main)

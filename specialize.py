@@ -1,172 +1,256 @@
-"""Specializing a small language model towards multi-step reasoning: batches, losses, the loop, model selection.
+"""Specialize a small language model towards multi-step reasoning (Fu et al., ICML 2023).
 
-Fu, Peng, Ou, Sabharwal, Khot, ICML 2023 (arXiv 2301.12726). Data flow one way: teacher record -> alignment ->
-training row -> batch -> loss -> checkpoint -> accuracy. data/rows.py makes the rows; here they become batches. The
-model is in t5.py, the alignment in align.py, problems and accuracies in eval.py.
+Data flow in one direction: teacher record -> alignment -> training example -> batch -> loss ->
+checkpoint -> accuracy. The method comes first, in this order; what makes runs safe and convenient
+follows from "Checking teacher records" on. The model is in t5.py, the alignment in align.py, problems
+and accuracies in eval.py.
 
-    python specialize.py                                                   a toy world, on a CPU, in minutes
-    python specialize.py --size base --teacher teacher.jsonl.gz            FlanT5-base on one GPU
-    python specialize.py --size base --teacher teacher.jsonl.gz --resume   go on after an interruption
+    python specialize.py                                            a toy world, minutes on a CPU
+    python specialize.py --size base --teacher teacher.jsonl.gz     FlanT5-base on one GPU
+    python specialize.py --size base --teacher teacher.jsonl.gz --resume    after an interruption
 
-Letters: B batch, S source length, T target length, V vocabulary, k entries of a teacher row.
+Letters: B batch, S source length, T target length, V vocabulary, K entries of a teacher row.
 """
 
 import argparse
+import collections
+import contextlib
 import functools
+import gzip
 import itertools
 import json
 import math
 import os
 import random
+import re
 import shlex
+import shutil
 import signal
 import sys
-import threading
+import time
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Threads that wait by spinning make a busy machine many times slower; GNU's OpenMP can spin for a moment and then sleep.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+from t5 import EOS, PAD, T5, UserError, best_device, in_range, load_pretrained, pad_sequences
+from t5 import run_command
+from align import BYTES, char_to_token, transfer
+from eval import DATASETS, DEFAULT_DATA, TOY, Problem, bbh_prompt, bbh_tasks, display_name
+from eval import evaluate_task, exact_match, extract_number, load, math_demonstration, math_prompt
+from eval import math_target, number_text, parse_gold_answer, read_log, table
 
 import numpy as np
-import torch
+import torch  # after t5, which sets how OpenMP's threads wait
 import torch.nn.functional as F
 
-from data.download import InputError, bounded, run_command
-from data.huggingface import read_config
-from data.memory import device_bytes, flan_config, training_memory
-from data.optimizers import make_optimizer, optimizer_step
-from data.predictions import table
-from data.rows import FORMATS, training_rows
-from data.runs import Progress, drop_checkpoints, find_run, finish_step, last_checkpoint, load_checkpoint, on_interrupt
-from data.runs import recorded, save_checkpoint, write_whole
-from eval import DEFAULT_DATA, MATH, OUT_OF_DISTRIBUTION, bbh_prompt, bbh_tasks, evaluate_task, load, math_demonstration
-from eval import math_prompt, number_text
-from t5 import PAD, T5, T5Config, Tokenizer, best_device, load_pretrained, pad
+# --- teacher records ---
 
+@dataclass
+class Record:
+    """One solution of the teacher.
+
+    problem: the question, its gold answer, and the teacher's solution.
+    steps: for each token of the solution (token, {candidate: probability}) with the teacher's most
+    probable candidates, or None if it reported none.
+    source: the file and line it comes from, for messages.
+    """
+
+    problem: Problem
+    steps: list | None
+    source: str
+
+def read_teacher(path):
+    """Yield the Records of a file (.jsonl or .jsonl.gz, one solution per line; see data/README.md).
+
+    Raises UserError naming file and line.
+    """
+    path, number = Path(path), 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            while line := file.readline(MAX_LINE):
+                number += 1
+                yield parse_record(json.loads(line.decode("utf-8")), f"{path}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        fault = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}, after line {number}: {fault}; is the file complete?") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        fault = f"no key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}, line {number}: not a teacher record ({fault}); fix the line or "
+                        "delete it (data/README.md describes the format)") from None
+    if not number:
+        raise UserError(f"{path}: no teacher record; write some with data/sample_teacher.py")
+
+# --- training examples in four formats ---
+
+# The paper's data formats: (chain of thought, in context).
+FORMATS = {
+    "in_context_cot": (True, True),
+    "in_context_answer_only": (False, True),
+    "zero_shot_cot": (True, False),
+    "zero_shot_answer_only": (False, False),
+}
 SHOTS = 4  # demonstrations in context
 
-# The longest source and target of each format, in tokens, in ten epochs of 207,135 rows with demonstrations from GSM8K,
-# and targets as long as GSM8K's own: for --plan.
-PAPER_LENGTHS = dict(zip(FORMATS, [(1350, 290), (690, 7), (245, 290), (240, 7)]))
+@dataclass
+class Example:
+    """A training example; the demonstrations of in-context formats are drawn anew each epoch.
 
-# The authors' settings for each size: rows of a micro-batch in each of the four formats,
-# micro-batches a step, epochs, and micro-batches between two checkpoints. They give none for small and, for XXL, no
-# distance between checkpoints: small takes base's, XXL takes XL's. "toy" is this project's own.
-TOY = Path(__file__).parent / "data" / "toy"
-SIZES = {
-    "toy": dict(model=TOY / "student", data=TOY, teacher=TOY / "teacher.jsonl.gz", micro_batch=(8, 8, 32, 32),
-                accumulation=1, epochs=1, steps=800, learning_rate=2e-3, checkpoint_every=100, validation_limit=100,
-                max_new_tokens=64, device="cpu", threads=2),
-    "small": dict(model="google/flan-t5-small", micro_batch=(25, 35, 40, 60), accumulation=3, checkpoint_every=1000),
-    "base": dict(model="google/flan-t5-base", micro_batch=(25, 35, 40, 60), accumulation=3, checkpoint_every=1000),
-    "large": dict(model="google/flan-t5-large", micro_batch=(8, 12, 18, 30), accumulation=20, checkpoint_every=3000),
-    "xl": dict(model="google/flan-t5-xl", micro_batch=(2, 10, 8, 20), accumulation=30, checkpoint_every=10000),
-    "xxl": dict(model="google/flan-t5-xxl", micro_batch=(2, 10, 8, 20), accumulation=15, checkpoint_every=10000,
-                optimizer="adafactor", precision="bf16-weights", gradient_checkpointing=True),  # for one 80 GB device
-}  # fmt: skip
-DEFAULTS = dict(data=DEFAULT_DATA, teacher=None, epochs=10, learning_rate=5e-4, validation_limit=None,
-                max_new_tokens=256, optimizer="adamw", gradient_checkpointing=False, device=best_device(),
-                threads=torch.get_num_threads())  # fmt: skip
+    labels: (T,) ids of the target, ending in </s>.
+    teacher_ids, teacher_probs: (T, K) the teacher's distributions, or None for likelihood.
+    """
 
+    format: str
+    problem: Problem
+    labels: np.ndarray
+    teacher_ids: np.ndarray | None
+    teacher_probs: np.ndarray | None
+    source: str
+
+def build_examples(records, tokenizer, formats, loss="kl", k=5):
+    """Turn the records with right answers into examples; also return a one-line summary.
+
+    Chain-of-thought formats yield one example per solution, with the teacher's distributions if it
+    reported any and the loss needs them. Answer-only formats yield one example per question.
+    """
+    vocab = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    examples, first_of_question, count, last = [], {}, collections.Counter(), None
+    for record in records:
+        count["read"], last = count["read"] + 1, record
+        if not exact_match(record.problem.solution, record.problem.answer):
+            continue
+        count["right"] += 1
+        first_of_question.setdefault(record.problem.question, record)
+        text = target_text(record.problem)
+        labels = np.array(tokenizer.encode(text), np.int32)  # (T,)
+        ids = probs = None
+        if record.steps and loss != "nll":
+            steps = record.steps
+            if appended := text.removeprefix(record.problem.solution):
+                steps = [*steps, (appended, {})]  # "The answer is": not the teacher's words
+            ids, probs = transfer(steps, tokenizer.split(text), vocab, k)  # (T - 1, K)
+            ids = np.vstack([ids, np.eye(1, k, dtype=np.int32) * EOS])  # </s> is certain
+            probs = np.vstack([probs, np.eye(1, k, dtype=np.float32)])
+            count["tokens"] += len(labels)
+            count["distributions"] += int((probs[:, 1] > 0).sum())
+        examples += [Example(name, record.problem, labels, ids, probs, record.source)
+                     for name in formats if FORMATS[name][0]]
+    if not count["right"]:
+        found = extract_number(last.problem.solution) if last else None
+        raise UserError(f"none of {count['read']:,} teacher solutions ends in its gold answer"
+                        + (f" ({last.source}: {found}, gold: {last.problem.answer})" if last else "")
+                        + "; choose another --teacher")
+    for record in first_of_question.values():
+        labels = np.array(tokenizer.encode(math_target(record.problem, cot=False)), np.int32)
+        examples += [Example(name, record.problem, labels, None, None, record.source)
+                     for name in formats if not FORMATS[name][0]]
+    summary = f"{count['right']:,} of {count['read']:,} solutions are right"
+    if count["tokens"] and any(FORMATS[name][0] for name in formats):
+        share = count["distributions"] / count["tokens"]
+        summary += f"; {share:.1%} of their tokens carry a distribution of the teacher"
+    return examples, summary
+
+def target_text(problem):
+    """Return the target of chain-of-thought formats; a solution that states its answer stays."""
+    stated = "answer is" in problem.solution.rpartition("\n")[2]
+    return problem.solution if stated else math_target(problem, cot=True)
 
 # --- batches ---
 
+def make_batches(examples, pool, encode, micro_batch_sizes, seed, epoch):
+    """Return the micro-batches of an epoch in random order, each a list of (example,
+    demonstrations).
 
-def plan_epoch(rows, pool, micro_batch, length, seed, epoch):
-    """The micro-batches of an epoch, each a list of (row, demonstrations), in random order.
-
-    A micro-batch holds rows of one format, micro_batch[format] of them, and of similar length. The rows are shuffled,
-    then stretches of 64 micro-batches are sorted by the target's length, and runs of 8 in them by length(example): of
-    all tokens of GSM8K in four formats 8.5% are padding, of the targets' 13%; sorted by length(example) alone, 13% and
-    40%. Demonstrations are drawn from pool, never the question.
+    A micro-batch holds micro_batch_sizes[format] examples of one format. To limit padding, the
+    shuffled examples are sorted by target length within windows of 64 micro-batches, then by total
+    length within windows of 8. Demonstrations come from pool and are never the question itself.
     """
     rng = random.Random(f"{seed}, {epoch}")
+
+    def demonstrations(example):
+        drawn = rng.sample(pool, min(SHOTS + 1, len(pool)))
+        return [shot for shot in drawn if shot.question != example.problem.question][:SHOTS]
+
+    def total_length(pair):
+        return len(encode_prompt(*pair, encode)) + len(pair[0].labels)
+
     batches = []
     for name, (_, in_context) in FORMATS.items():
-        chosen = [row for row in rows if row.format == name]
+        chosen = [example for example in examples if example.format == name]
         rng.shuffle(chosen)
-        examples = []
-        for row in chosen:
-            shots = rng.sample(pool, min(SHOTS + 1, len(pool))) if in_context else []
-            examples.append((row, [shot for shot in shots if shot.question != row.problem.question][:SHOTS]))
-        size = micro_batch[name]
-        for n, key in ((64 * size, lambda example: len(example[0].labels)), (8 * size, length)):
-            examples = [example for i in range(0, len(examples), n) for example in sorted(examples[i : i + n], key=key)]
-        batches += [examples[i : i + size] for i in range(0, len(examples), size)]
+        pairs = [(example, demonstrations(example) if in_context else []) for example in chosen]
+        size = micro_batch_sizes[name]
+        pairs = sort_in_windows(pairs, 64 * size, lambda pair: len(pair[0].labels))
+        pairs = sort_in_windows(pairs, 8 * size, total_length)
+        batches += [pairs[i : i + size] for i in range(0, len(pairs), size)]
     rng.shuffle(batches)
     return batches
 
+def sort_in_windows(items, size, key):
+    """Sort each run of `size` items by a key."""
+    windows = [items[i : i + size] for i in range(0, len(items), size)]
+    return [item for window in windows for item in sorted(window, key=key)]
 
-def schedule(rows, pool, tokenizer, args):
-    """(encode, steps_of): a text's ids, each text encoded once; an epoch's optimizer steps, each a list of micro-batches."""
-    encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
-    length = lambda example: len(source(*example, encode)) + len(example[0].labels)  # noqa: E731
-    micro_batch = dict(zip(FORMATS, args.micro_batch))
+def encode_prompt(example, demonstrations, encode):
+    """Return the ids (S,) of an example's input.
 
-    def steps_of(epoch):
-        batches = plan_epoch(rows, pool, micro_batch, length, args.seed, epoch)
-        return [batches[i : i + args.accumulation] for i in range(0, len(batches), args.accumulation)]
+    Its parts are encoded separately, and cached; this is safe because T5 pieces never span a space.
+    """
+    cot, _ = FORMATS[example.format]
+    parts = [encode(math_demonstration(shot, cot))[:-1] for shot in demonstrations]  # without </s>
+    return np.concatenate([*parts, encode(math_prompt(example.problem.question, cot))])
 
-    return encode, steps_of
+def collate(pairs, encode, device):
+    """Turn [(example, demonstrations)] of one format into a dict of tensors.
 
-
-def source(row, shots, encode):
-    """The ids of a row's prompt. It is put together from parts, each encoded once: no piece of T5's crosses a space."""
-    cot, _ = FORMATS[row.format]
-    shown = [encode(math_demonstration(shot, cot))[:-1] for shot in shots]
-    return np.concatenate([*shown, encode(math_prompt(row.problem.question, cot))])
-
-
-def collate(examples, encode, device):
-    """[(row, demonstrations)] of one format -> dict of tensors: input_ids (B, S), labels (B, T), decoder_input_ids
-    (B, T), mask (B, T), tokens (a number), and for rows with the teacher's distributions ids and probs (B, T, k)."""
-    input_ids = pad([source(row, shots, encode) for row, shots in examples])
-    labels = pad([row.labels for row, _ in examples])
+    input_ids (B, S); labels, decoder_input_ids and loss_mask (B, T); if an example has the
+    teacher's distributions, also teacher_ids and teacher_probs (B, T, K).
+    """
+    input_ids = pad_sequences([encode_prompt(*pair, encode) for pair in pairs])
+    labels = pad_sequences([example.labels for example, _ in pairs])
     batch = {
         "input_ids": input_ids,
         "labels": labels,
-        "decoder_input_ids": F.pad(labels, (1, -1), value=PAD),
-        "mask": labels != PAD,
-        "tokens": int((input_ids != PAD).sum() + (labels != PAD).sum()),
+        "decoder_input_ids": F.pad(labels, (1, -1), value=PAD),  # shifted right
+        "loss_mask": labels != PAD,
     }
-    k = max(0 if row.ids is None else row.ids.shape[1] for row, _ in examples)
+    k = max(0 if ex.teacher_ids is None else ex.teacher_ids.shape[1] for ex, _ in pairs)
     if k:
-        ids, probs = torch.zeros(*labels.shape, k, dtype=torch.long), torch.zeros(*labels.shape, k)
-        ids[..., 0], probs[..., 0] = labels, batch["mask"]  # a row without distributions: likelihood as one-hot KL
-        for b, (row, _) in enumerate(examples):
-            if row.ids is not None:
-                ids[b, : len(row.ids)] = torch.from_numpy(row.ids)
-                probs[b, : len(row.probs)] = torch.from_numpy(row.probs)
-        batch |= {"ids": ids, "probs": probs}
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
-
+        ids = torch.zeros(*labels.shape, k, dtype=torch.long)
+        probs = torch.zeros(*labels.shape, k)
+        ids[..., 0], probs[..., 0] = labels, batch["loss_mask"]  # one-hot, if a row has none
+        for b, (example, _) in enumerate(pairs):
+            if example.teacher_ids is not None:
+                ids[b, : len(example.labels)] = torch.from_numpy(example.teacher_ids)
+                probs[b, : len(example.labels)] = torch.from_numpy(example.teacher_probs)
+        batch |= {"teacher_ids": ids, "teacher_probs": probs}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 # --- losses ---
 
-
 def kl_loss(logits, ids, probs, mask):
-    """Distribution matching (section 4.1): the mean over tokens of KL(p || q) = sum over i of p_i (log p_i - log q_i).
+    """Distribution matching: the mean over tokens of KL(p || q) = sum_i p_i (log p_i - log q_i).
 
-    logits (B, T, V) of the student; ids, probs (B, T, k): the teacher's likeliest tokens, unused slots with
-    probability 0; mask (B, T) true where there is a token. Every other token has p = 0, so k entries of q suffice and
-    no (B, T, V) tensor of the teacher's is made. Where the k probabilities sum to m < 1, the least value is m log m.
+    logits (B, T, V) give the student's q. ids, probs (B, T, K): the teacher's most probable tokens,
+    unused slots with probability 0. mask (B, T): True for tokens that count.
+    All other tokens have p_i = 0, so K entries of q suffice, and no (B, T, V) tensor of the teacher
+    is built. If the K probabilities sum to m < 1, the minimum is m log m rather than 0.
     """
     return SparseKL.apply(logits, ids.long(), probs, mask / mask.sum())
 
-
 def nll_loss(logits, targets, mask):
-    """Sample matching: the mean over tokens of -log q(target), which is the KL to all probability on the target.
-    logits (B, T, V), targets (B, T), mask (B, T)."""
+    """Sample matching: the mean over tokens of -log q(target), the KL to a one-hot teacher.
+
+    logits (B, T, V), targets (B, T), mask (B, T).
+    """
     targets = targets.unsqueeze(-1)
     return kl_loss(logits, targets, torch.ones_like(targets, dtype=torch.float32), mask)
 
-
 class SparseKL(torch.autograd.Function):
-    """The weighted sum over tokens of KL(p || q) with p on k entries and q = softmax(z), computed in fp32.
+    """sum over tokens of weight * KL(p || q), with p on K entries and q = softmax(z), in fp32.
 
-    With m the sum of p, the gradient is d KL / d z_v = m q_v - p_v. Written out it needs one fp32 tensor of the
-    shape of z: q, which becomes the gradient (so it can be taken once), where autograd would keep three of them.
+    With m = sum_i p_i, the gradient is dKL/dz_v = m q_v - p_v. A hand-written backward needs only
+    one fp32 tensor of z's shape: q is overwritten in place to become the gradient. Autograd would
+    keep three. (Hence once_differentiable: backward can run only once.)
     """
 
     @staticmethod
@@ -174,343 +258,594 @@ class SparseKL(torch.autograd.Function):
         q = z.softmax(-1, dtype=torch.float32)  # (B, T, V)
         ctx.save_for_backward(q, ids, p, weight)
         ctx.dtype = z.dtype
-        # log q_i from the likeliest token's, since q_i itself may be rounded to 0; where p_i = 0 it does not count.
-        log_q = z.gather(-1, ids).float() - z.amax(-1, keepdim=True).float() + q.amax(-1, keepdim=True).log()  # (B, T, k)
-        return ((torch.xlogy(p, p) - p * log_q.masked_fill(p == 0, 0.0)).sum(-1) * weight).sum()
+        # Compute log q_i relative to the largest logit, because q_i itself can underflow.
+        highest = z.amax(-1, keepdim=True).float()  # (B, T, 1)
+        log_q = z.gather(-1, ids).float() - highest + q.amax(-1, keepdim=True).log()  # (B, T, K)
+        kl = torch.xlogy(p, p) - p * log_q.masked_fill(p == 0, 0.0)  # 0 in unused slots
+        return (kl.sum(-1) * weight).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         q, ids, p, weight = ctx.saved_tensors
         p = p * (weight * gradient).unsqueeze(-1)
-        d = q.mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p)
-        return d.to(ctx.dtype), None, None, None
+        grad = q.mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p)  # m q_v - p_v
+        return grad.to(ctx.dtype), None, None, None
 
+# The losses for chains of thought, by the names of --loss: (logits, batch) -> scalar.
+LOSSES = {
+    "kl": lambda logits, batch: kl_loss(
+        logits, batch["teacher_ids"], batch["teacher_probs"], batch["loss_mask"]),
+    "nll": lambda logits, batch: nll_loss(logits, batch["labels"], batch["loss_mask"]),
+}
 
-def kl_floor(rows):
-    """The least KL a token that the rows' targets allow, in nats: m log m averaged, below 0 where the teacher told only
-    a part m of its probability."""
-    m = np.concatenate([row.probs.sum(axis=1) for row in rows if row.probs is not None] or [np.ones(1)])
-    return float((m * np.log(m)).mean())
-
-
-def batch_loss(model, batch):
-    """The loss of one micro-batch: KL where it carries the teacher's distributions, else likelihood."""
+def batch_loss(model, batch, loss):
+    """Return the loss of a micro-batch; without the teacher's distributions it is likelihood."""
     logits = model(batch["input_ids"], batch["input_ids"] != PAD, batch["decoder_input_ids"])
-    if "ids" in batch:
-        return kl_loss(logits, batch["ids"], batch["probs"], batch["mask"])
-    return nll_loss(logits, batch["labels"], batch["mask"])
+    return LOSSES[loss if "teacher_ids" in batch else "nll"](logits, batch)
 
+def min_kl(examples):
+    """Return the minimum possible KL per token, m log m on average, in nats."""
+    probs = [example.teacher_probs for example in examples if example.teacher_probs is not None]
+    m = np.concatenate([p.sum(axis=1) for p in probs] or [np.ones(1)])
+    return float((m * np.log(m)).mean())
 
 # --- the loop ---
 
-
-def learning_rate(step, steps, peak, warmup):
-    """Of step 0, 1, .. steps - 1: a linear warm-up times half a cosine towards 0."""
+def get_lr(step, steps, peak, warmup):
+    """Return the learning rate of step 0, 1, .. steps - 1: warm-up, then half a cosine to 0."""
     return peak * min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
+def train(model, tokenizer, examples, pool, args, run, measure=None):
+    """Train a model, save and evaluate checkpoints, and return the best one's log entry.
 
-def weights_dtype(args):
-    """The dtype of weights and gradients."""
-    return torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
-
-
-def mixed_precision(args):
-    """The context of forward passes: with --precision bf16 matrix products in bfloat16 though weights are in fp32."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
-
-
-def train(model, tokenizer, rows, pool, args, run, measure=None):
-    """Train model on rows for args.epochs; save and evaluate every args.checkpoint_every micro-batches and at the end.
-
-    pool: the problems that demonstrations are drawn from. With args.resume it goes on from the run's last checkpoint
-    with the random numbers and the order of batches that it would have had. measure(model, tokenizer, args) -> dict
-    evaluates a checkpoint (default: validate). Returns the best checkpoint's log entry.
-    Raises InputError where a loss or a gradient is not finite, naming the step and the records, and
-    KeyboardInterrupt after Ctrl-C, when the step is done and saved.
+    pool: the problems that demonstrations are drawn from.
+    run: the folder of the log and the checkpoints. With args.resume training continues from the
+    last checkpoint, bit for bit.
+    measure(model, tokenizer, args) -> dict evaluates a checkpoint (default: validate).
+    Raises UserError if a loss or gradient is not finite, KeyboardInterrupt after Ctrl-C.
     """
-    encode, steps_of = schedule(rows, pool, tokenizer, args)
-    steps = min(len(steps_of(0)) * args.epochs, args.steps or math.inf)
-    every = max(1, args.checkpoint_every // args.accumulation)
+    encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
+    sizes = dict(zip(FORMATS, args.micro_batch_size))
+    per_format = collections.Counter(example.format for example in examples)
+    micro_batches = sum(math.ceil(n / sizes[name]) for name, n in per_format.items())
+    per_epoch = math.ceil(micro_batches / args.gradient_accumulation_steps)
+    steps = min(per_epoch * args.epochs, args.steps or math.inf)
+
     optimizer = make_optimizer(model.parameters(), args.optimizer, args.weight_decay)
-    model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = args.gradient_checkpointing
-    start = load_checkpoint(run, model, optimizer) if args.resume else 0
-    progress = Progress(run / "log.jsonl", start, steps, args.log_every)
+    model.encoder.gradient_checkpointing = args.gradient_checkpointing
+    model.decoder.gradient_checkpointing = args.gradient_checkpointing
+    step = start = load_checkpoint(run, model, optimizer) if args.resume else 0
+    log = TrainingLog(run / "log.jsonl", start, steps, args)
+    with CtrlC() as ctrl_c:
+        while True:
+            # Evaluate the checkpoint just saved, and delete all but the best and the last.
+            due = step > 0 and (step % args.checkpoint_every == 0 or step == steps)
+            if due and step not in log.evaluations:
+                with ctrl_c.at_once():
+                    log.evaluation({"step": step} | (measure or validate)(model, tokenizer, args))
+                prune_checkpoints(run, keep=[step, best_checkpoint(log.evaluations)["step"]])
+            if step == steps:
+                return best_checkpoint(log.evaluations)
 
-    def evaluate_checkpoint(step):
-        """Evaluate the checkpoint just saved; Ctrl-C may end that at once."""
-        with on_interrupt(signal.default_int_handler):
-            entry = progress.pause(lambda: {"step": step} | (measure or validate)(model, tokenizer, args))
-        drop_older(step)
-        print(f"  validation: {describe(entry)}; best so far: step {best_of(progress.evaluations)['step']}", flush=True)
-
-    def drop_older(step):
-        """Of the checkpoints keep this step's, the last, and the best."""
-        best = [best_of(progress.evaluations)["step"]] if progress.evaluations else []
-        drop_checkpoints(run, keep=(step, *best))
-
-    due = lambda step: step % every == 0 or step == steps  # noqa: E731
-    stop = threading.Event()
-    with on_interrupt(lambda *_: finish_step(stop)):
-        if start and due(start) and start not in progress.evaluations:  # it ended between saving and evaluating
-            evaluate_checkpoint(start)
-        all_steps = itertools.chain.from_iterable(map(steps_of, range(args.epochs)))
-        for step, micro_batches in enumerate(itertools.islice(all_steps, start, steps), start + 1):
+            # Draw the batches of the next optimizer step; each epoch shuffles anew.
+            epoch, position = divmod(step, per_epoch)
+            if position == 0 or step == start:
+                batches = make_batches(examples, pool, encode, sizes, args.seed, epoch)
+            n = args.gradient_accumulation_steps
+            micro_batches = batches[position * n : (position + 1) * n]
             model.train()
-            rate = learning_rate(step - 1, steps, args.learning_rate, args.warmup)
+            lr = get_lr(step, steps, args.learning_rate, args.warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = lr
+
+            # Forward and backward passes; the gradients of the micro-batches add up.
             losses = []
-            for examples in micro_batches:
-                batch = collate(examples, encode, args.device)
+            for pairs in micro_batches:
+                batch = collate(pairs, encode, args.device)
                 with mixed_precision(args):
-                    loss = batch_loss(model, batch)
+                    loss = batch_loss(model, batch, args.loss)
                 (loss / len(micro_batches)).backward()
                 losses.append(loss.detach())
-                progress.add("kl" if "ids" in batch else "nll", losses[-1], batch["tokens"])
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            check_finite(torch.stack(losses), norm, micro_batches, step, run)
+                log.micro_batch(batch, losses[-1])
+
+            # Clip the gradients and update the weights.
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            check_finite(torch.stack(losses), norm, micro_batches, step + 1, run)
             optimizer_step(optimizer)
             optimizer.zero_grad()
-            progress.step(step, rate)
-            if due(step) or stop.is_set():
+            step += 1
+            log.step(step, lr)
+            if ctrl_c.requested or step % args.checkpoint_every == 0 or step == steps:
                 save_checkpoint(run, step, model, optimizer, tokenizer)
-            if due(step) and not stop.is_set():
-                evaluate_checkpoint(step)
-            if stop.is_set():
-                drop_older(step)
+            if ctrl_c.requested:
                 raise KeyboardInterrupt
-    return best_of(progress.evaluations)
 
-
-def check_finite(losses, norm, micro_batches, step, run):
-    """Raise InputError where a loss of the micro-batches or the norm of the gradient is NaN or infinite."""
-    if losses.isfinite().all() and norm.isfinite():
-        return
-    bad = [examples for loss, examples in zip(losses, micro_batches) if not loss.isfinite()]
-    places = sorted({row.place for examples in bad or micro_batches for row, _ in examples})
-    raise InputError(
-        f"step {step}: the {'loss' if bad else 'gradient'} is not finite. Batch: {'; '.join(places)}. "
-        f"Last good checkpoint: {last_checkpoint(run)}; --resume would meet the same batch again: take the records out, or begin "
-        "anew with a lower --learning-rate or with --precision fp32"
-    )
-
-
-# --- the selection of a checkpoint ---
-
+# --- model selection ---
 
 def validate(model, tokenizer, args):
-    """{"validation": {math set: [accuracy, standard error]}} on the validation parts, zero-shot chain of thought."""
+    """Evaluate on the validation parts, zero-shot chain of thought: {"validation": {math set:
+    [accuracy, standard error]}}."""
     result = {}
-    for task in MATH:
-        with mixed_precision(args):
-            found = evaluate_task(
-                model, tokenizer, task, True, "validation", args.data, args.validation_limit, **decoding(args)
-            )
+    for task in (task for task, dataset in DATASETS.items() if dataset.validate):
+        found = evaluate_with(args, model, tokenizer, task, True, "validation", args.validation_limit)
         result[task] = [round(found.accuracy, 5), round(found.stderr, 5)]
     return {"validation": result}
 
+def ood_accuracy(entry):
+    """Return what a checkpoint is selected by: the mean accuracy on the out-of-distribution sets
+    (paper: The process of specialization and generalization)."""
+    chosen = [task for task, dataset in DATASETS.items() if dataset.select]
+    return sum(entry["validation"][task][0] for task in chosen) / len(chosen)
 
-def best_of(evaluations):
-    """The log entry of the best checkpoint; of equals the latest."""
-    return max(evaluations.values(), key=lambda entry: (selection(entry), entry["step"]))
+def best_checkpoint(evaluations):
+    """Return the log entry of the best checkpoint; ties go to the latest step."""
+    return max(evaluations.values(), key=lambda entry: (ood_accuracy(entry), entry["step"]))
 
+# --- from here on: what makes runs safe and convenient. Checking teacher records ---
 
-def selection(entry):
-    """What a checkpoint is chosen by: mean accuracy on the three out-of-distribution sets (section 5.3)."""
-    return sum(entry["validation"][task][0] for task in OUT_OF_DISTRIBUTION) / len(OUT_OF_DISTRIBUTION)
+MAX_LINE, MAX_TEXT, MAX_TOKENS = 2**24, 2**15, 2**12  # bytes, characters, tokens: far above real ones
+ROUNDING = 0.001  # reported probabilities may exceed their limits by this much
 
+def parse_record(record, source):
+    """Check one line of a teacher file and return it as a Record.
 
-def describe(entry):
-    """An evaluation's line on the screen."""
-    sets = "  ".join(f"{task} {100 * accuracy:.1f}" for task, (accuracy, _) in entry["validation"].items())
-    return f"{sets}  out-of-distribution mean {100 * selection(entry):.1f}"
+    Raises KeyError, TypeError, ValueError or AttributeError.
+    """
+    check_type(record, dict, "a record")
+    answer = str(check_type(record["answer"], (str, int, float), "answer"))
+    question, solution = record["question"], record["solution"]
+    for name, text in (("question", question), ("solution", solution)):
+        if len(check_type(text, str, name)) > MAX_TEXT:
+            raise ValueError(f"{name} has {len(text):,} characters, more than {MAX_TEXT:,}")
+    steps = None
+    if record.get("top_logprobs"):
+        tokens = check_type(record["tokens"], list, "tokens")
+        tops = check_type(record["top_logprobs"], list, "top_logprobs")
+        if len(tokens) != len(tops) or len(tokens) > MAX_TOKENS:
+            raise ValueError(f"{len(tokens):,} tokens and {len(tops):,} top_logprobs; at most "
+                             f"{MAX_TOKENS:,} of each, and equally many")
+        steps = [(check_type(token, str, "a token"), parse_distribution(token, top or {}))
+                 for token, top in zip(tokens, tops)]
+        is_split = any(BYTES.fullmatch(token) or "\ufffd" in token for token in tokens)
+        if not is_split and char_to_token(tokens)[0] != char_to_token([solution])[0]:
+            raise ValueError("the tokens do not spell the solution")
+        visible = [i for i, token in enumerate(tokens) if token.strip()]
+        steps = steps[visible[0] : visible[-1] + 1] if visible else None
+    gold = parse_gold_answer(answer.rpartition("####")[2])
+    return Record(Problem(question, gold, solution.strip()), steps, source)
 
+def parse_distribution(token, top):
+    """Turn {candidate: log-probability} into {candidate: probability}; check that they are."""
+    for candidate, logprob in check_type(top, dict, "an entry of top_logprobs").items():
+        if not check_type(logprob, (float, int), "a log-probability") <= ROUNDING:
+            raise ValueError(f"at {token!r}, {candidate!r} has the log-probability {logprob}")
+    probabilities = {candidate: math.exp(logprob) for candidate, logprob in top.items()}
+    if (total := sum(probabilities.values())) > 1 + 10 * ROUNDING:
+        raise ValueError(f"at {token!r} the probabilities sum to {total:.4f}")
+    return probabilities
+
+def check_type(value, kinds, name):
+    """Return the value if it is of one of the types; otherwise raise TypeError."""
+    if type(value) is bool or not isinstance(value, kinds):
+        raise TypeError(f"{name} is {value!r:.50}, a {type(value).__name__}")
+    return value
+
+def check_finite(losses, norm, micro_batches, step, run):
+    """Raise UserError, naming the records, if a loss or the gradient norm is NaN or infinite."""
+    if losses.isfinite().all() and norm.isfinite():
+        return
+    bad = [pairs for loss, pairs in zip(losses, micro_batches) if not loss.isfinite()]
+    sources = sorted({example.source for pairs in bad or micro_batches for example, _ in pairs})
+    raise UserError(
+        f"step {step}: the {'loss' if bad else 'gradient'} is not finite. Batch: "
+        f"{'; '.join(sources)}. Last good checkpoint: {last_checkpoint(run)}. Resuming would hit the "
+        "same batch: remove these records, or restart with a lower --learning-rate or with "
+        "--precision fp32")
+
+# --- optimizer and precision ---
+
+def mixed_precision(args):
+    """Context manager: with --precision bf16, run matrix products in bf16; weights stay fp32."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
+
+def weights_dtype(args):
+    """Return the dtype of weights and gradients."""
+    return torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
+
+def make_optimizer(parameters, name, weight_decay):
+    """Return AdamW, the paper's optimizer, or Adafactor (Shazeer and Stern, 2018, arXiv 1804.04235).
+
+    Adafactor keeps only row and column means of the second moments, and its learning rate is
+    relative to the root mean square of each matrix.
+    """
+    if name == "adafactor":
+        return torch.optim.Adafactor(parameters, weight_decay=weight_decay)
+    return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=True)
+
+@torch.no_grad()
+def optimizer_step(optimizer):
+    """Update the weights; bf16 weights are updated in fp32, one parameter at a time.
+
+    bf16 has 8 significant bits, so rounding to nearest would drop every change below 0.2% of a
+    weight, which is most of them. With stochastic rounding small changes add up.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if parameters[0].dtype == torch.float32:
+        return optimizer.step()
+    gradients = [p.grad for p in parameters]
+    optimizer.zero_grad()  # the optimizer skips parameters without a gradient
+    for p, gradient in zip(parameters, gradients):
+        if gradient is not None:
+            weight = p.data
+            p.data, p.grad = weight.float(), gradient.float()
+            optimizer.step()
+            weight.copy_(stochastic_round(p.data))
+            p.data, p.grad = weight, None
+
+def stochastic_round(x):
+    """Round fp32 to bf16: keep the upper 16 bits, and round up with probability lower bits / 2**16."""
+    bits = x.view(torch.int32)
+    bits = (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16)
+    return bits.view(torch.float32).bfloat16()
+
+# --- a run's folder: arguments, log, checkpoints ---
+
+def find_run(args):
+    """Return the run's folder; with --resume, an existing one with the same arguments."""
+    name = args.name or args.size
+    run = Path("runs") / name
+    path = run / "arguments.json"
+    if args.resume:
+        if not path.exists():
+            raise UserError(f"{run}: no run to resume; choose one with --name")
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: not a JSON object ({error}); start again with another "
+                            "--name") from None
+        free = ("log_every", "test_limit", "skip_bbh")  # these may differ
+        changed = [f"--{key.replace('_', '-')} {before.get(key)}" for key, value in recorded(args).items()
+                   if before.get(key) != value and key not in free]
+        if changed:
+            raise UserError(f"{run} was started with other arguments; resume it with "
+                            f"{', '.join(changed)}")
+    elif args.name and path.exists():
+        raise UserError(f"{run} exists; continue it with --resume, or choose another --name")
+    elif not args.name and run.exists():
+        run = next(r for i in itertools.count(2) if not (r := Path(f"runs/{name}-{i}")).exists())
+    return run
+
+def recorded(args):
+    """Return the arguments as arguments.json holds them."""
+    kept = {key: value for key, value in vars(args).items() if key not in ("resume", "name")}
+    return json.loads(json.dumps(kept, default=str))
+
+def atomic_write(path, text):
+    """Write a text file so that it is never half-written."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    fsync(unfinished)
+    os.replace(unfinished, path)
+
+def fsync(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+class TrainingLog:
+    """Report progress: every few steps, print a line and append it to log.jsonl.
+
+    evaluations: {step: log entry with "validation"}.
+    """
+
+    def __init__(self, path, start, steps, args):
+        self.path, self.start, self.steps, self.args = path, start, steps, args
+        self.seconds, self.tokens, self.losses, self.since = 0.0, 0, {}, time.time()
+        # Steps after the last checkpoint are repeated, so drop their entries.
+        entries = [e for e in (read_log(path) if path.exists() else ()) if e["step"] <= start]
+        atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+        self.evaluations = {entry["step"]: entry for entry in entries if "validation" in entry}
+
+    def micro_batch(self, batch, loss):
+        """Count a micro-batch."""
+        name = self.args.loss if "teacher_ids" in batch else "nll"
+        self.losses.setdefault(name, []).append(loss)
+        self.tokens += batch["input_ids"].numel() + batch["labels"].numel()
+
+    def step(self, step, lr):
+        """Report an optimizer step if it is due."""
+        if step % self.args.log_every and step != self.steps:
+            return
+        means = {name: torch.stack(x).mean().item() for name, x in sorted(self.losses.items())}
+        self.losses = {}
+        now = time.time()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        speed = self.tokens / self.seconds
+        minutes = self.seconds / (step - self.start) * (self.steps - step) / 60
+        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        print(f"step {step}/{self.steps}  {losses}  lr {lr:.2e}  {speed:,.0f} tokens/s  "
+              f"{minutes:.1f} min left", flush=True)
+        self.write({"step": step, "learning_rate": lr, "tokens_per_second": round(speed), **means})
+
+    def evaluation(self, entry):
+        """Report the evaluation of a checkpoint; its time does not count as training."""
+        self.evaluations[entry["step"]] = entry
+        self.write(entry)
+        self.since = time.time()
+        best = best_checkpoint(self.evaluations)["step"]
+        print(f"  validation: {format_metrics(entry, self.args)}; best so far: step {best}", flush=True)
+
+    def write(self, entry):
+        """Append a line to the log."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+def format_metrics(entry, args):
+    """Format the validation accuracies of a log entry."""
+    sets = [f"{display_name(task, args.data)} {100 * accuracy:.1f}"
+            for task, (accuracy, _) in entry["validation"].items()]
+    return "  ".join([*sets, f"out-of-distribution mean {100 * ood_accuracy(entry):.1f}"])
+
+class CtrlC:
+    """Context manager: the first Ctrl-C sets `requested`, so that the step can be finished and
+    saved; the second stops at once."""
+
+    def __enter__(self):
+        self.requested = False
+        self.before = signal.signal(signal.SIGINT, self.handle)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def handle(self, *_):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        os.write(2, b"\nfinishing the step and saving; press Ctrl-C again to stop at once\n")
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Context manager: stop at the first Ctrl-C, as there is nothing to save."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self.handle)
+
+def checkpoints(run):
+    """Return a run's checkpoint folders, oldest first. Each is complete: it is renamed last."""
+    steps = [re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in run.glob("checkpoint-*")]
+    return [run / f"checkpoint-{step}" for step in sorted(int(match[1]) for match in steps if match)]
+
+def last_checkpoint(run):
+    """Return the path of the last checkpoint, for messages."""
+    return str((checkpoints(run) or ["none yet"])[-1])
+
+def save_checkpoint(run, step, model, optimizer, tokenizer):
+    """Write checkpoint-STEP: a Hugging Face folder, and training.pt with the optimizer's state and
+    the random state. Raises UserError if the disk is full."""
+    folder, unfinished = run / f"checkpoint-{step}", run / "unfinished-checkpoint"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    parameters = list(model.parameters())
+    state = {"step": step, "optimizer": [optimizer.state[parameter] for parameter in parameters],
+             "random": random_module(parameters[0].device.type).get_rng_state()}
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save(unfinished)
+        with open(unfinished / "training.pt", "wb") as file:
+            torch.save(state, file)
+        for path in (*unfinished.iterdir(), unfinished):
+            fsync(path)
+        os.replace(unfinished, folder)
+        fsync(run)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written ({error}). The last good checkpoint is "
+                        f"{last_checkpoint(run)}: free some space and continue with --resume") from None
+
+def prune_checkpoints(run, keep):
+    """Delete all checkpoints except the steps to keep. Each is renamed first, so that a
+    half-deleted one cannot be mistaken for a complete one."""
+    for folder in checkpoints(run):
+        if folder not in [run / f"checkpoint-{step}" for step in keep]:
+            shutil.rmtree(run / "unfinished-checkpoint", ignore_errors=True)
+            os.replace(folder, run / "unfinished-checkpoint")
+            shutil.rmtree(run / "unfinished-checkpoint")
+
+def load_checkpoint(run, model, optimizer):
+    """Load the last checkpoint into model, optimizer and random state; return its step, or 0."""
+    if not checkpoints(run):
+        return 0
+    folder = checkpoints(run)[-1]
+    remedy = f"delete {folder}, then --resume continues from the checkpoint before it"
+    try:
+        weights = T5.from_pretrained(folder, dtype=model.shared.weight.dtype).hf_tensors()
+        state = torch.load(folder / "training.pt", weights_only=True)
+        for parameter, saved in zip(model.parameters(), state["optimizer"], strict=True):
+            optimizer.state[parameter] = saved
+        random_module(model.shared.weight.device.type).set_rng_state(state["random"])
+        for name, tensor in model.hf_tensors().items():
+            tensor.copy_(weights[name])
+    except (MemoryError, PermissionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch.load raises many kinds, none of them documented
+        fault = error if isinstance(error, UserError) else f"{folder}/training.pt: {error!r:.200}"
+        raise UserError(f"{fault}; {remedy}") from None
+    print(f"resuming from {folder}")
+    return state["step"]
+
+def random_module(device):
+    """Return the module with the random state of a device: dropout's."""
+    return {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}[device]
 
 # --- the command ---
 
-
-def decoding(args):
-    """How evaluations decode."""
-    return {"batch_size": args.eval_batch_size, "max_new_tokens": args.max_new_tokens}
-
-
-def report(model, tokenizer, args):
-    """The paper's columns on the test parts: {column: Evaluation}; math by chain of thought, BBH both ways."""
-    columns = {task: (task, True) for task in MATH} | {"BBH CoT": ("bbh", True), "BBH direct": ("bbh", False)}
-    return {
-        name: evaluate_task(model, tokenizer, task, cot, "test", args.data, args.test_limit, **decoding(args))
-        for name, (task, cot) in columns.items()
-        if not (task == "bbh" and args.skip_bbh)
-    }
-
+# The authors' settings per size: examples per micro-batch in the order of FORMATS, micro-batches per
+# optimizer step, and optimizer steps between checkpoints. They give none for small, which uses
+# base's. "toy" is this project's own; xxl's optimizer and precision are chosen for one 80 GB GPU.
+SIZES = {
+    "toy": dict(model=TOY / "student", data=TOY, teacher=TOY / "teacher.jsonl.gz",
+                micro_batch_size=(8, 8, 32, 32), gradient_accumulation_steps=1, epochs=1, steps=800,
+                learning_rate=2e-3, checkpoint_every=100, validation_limit=100, max_new_tokens=64,
+                device="cpu", threads=2),
+    "small": dict(model="google/flan-t5-small", micro_batch_size=(25, 35, 40, 60),
+                  gradient_accumulation_steps=3, checkpoint_every=333),
+    "base": dict(model="google/flan-t5-base", micro_batch_size=(25, 35, 40, 60),
+                 gradient_accumulation_steps=3, checkpoint_every=333),
+    "large": dict(model="google/flan-t5-large", micro_batch_size=(8, 12, 18, 30),
+                  gradient_accumulation_steps=20, checkpoint_every=150),
+    "xl": dict(model="google/flan-t5-xl", micro_batch_size=(2, 10, 8, 20),
+               gradient_accumulation_steps=30, checkpoint_every=333),
+    "xxl": dict(model="google/flan-t5-xxl", micro_batch_size=(2, 10, 8, 20),
+                gradient_accumulation_steps=20, checkpoint_every=150, optimizer="adafactor",
+                precision="bf16-weights", gradient_checkpointing=True),
+}
+DEFAULTS = dict(data=DEFAULT_DATA, epochs=10, learning_rate=5e-4, max_new_tokens=256,
+                optimizer="adamw", gradient_checkpointing=False, device=best_device(),
+                threads=torch.get_num_threads())
 
 def parse_arguments(arguments=None):
-    """The command line; what it leaves open comes from the size."""
+    """Parse the command line; unset options default to the settings of --size."""
     parser = argparse.ArgumentParser(
-        description="Specialize a T5 towards multi-step math by a teacher's solutions.",
-        epilog="Without arguments: the toy world in data/toy, on a CPU.",
-    )
-    parser.add_argument("--size", choices=SIZES, default="toy", help="the paper's settings for FlanT5 of this size")
-    parser.add_argument("--model", help="folder in HF format or hub name, in place of the size's")
-    parser.add_argument("--teacher", type=Path, help="teacher records (.jsonl, .jsonl.gz) or the authors' release, a folder")
-    parser.add_argument("--data", type=Path, help="folder of the problem sets; what it lacks is downloaded into it")
-    parser.add_argument("--name", help="the run's folder under runs/ (default: the size)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run of that name and the same arguments")
-    parser.add_argument("--plan", action="store_true", help="tell the memory and the steps it would take, and stop")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="data formats to mix")
-    parser.add_argument("--loss", choices=["kl", "nll"], default="kl", help="for chains of thought (default: kl)")
-    parser.add_argument("--epochs", type=bounded(int, above=0))
-    parser.add_argument("--steps", type=bounded(int, above=0), help="optimizer steps at most (default: as the epochs have; toy: 800)")
-    parser.add_argument("--optimizer", choices=["adamw", "adafactor"], help="default: adamw, the paper's; xxl: adafactor")
-    parser.add_argument("--learning-rate", type=bounded(float, above=0), help="the peak of half a cosine to 0")
-    parser.add_argument("--micro-batch", type=bounded(int, above=0), nargs=4, metavar="ROWS", help="rows in each of the four formats")
-    parser.add_argument("--accumulation", type=bounded(int, above=0), help="micro-batches a step")
-    parser.add_argument("--warmup", type=bounded(int), default=10, help="steps in which the rate rises to the cosine (default: 10)")
-    parser.add_argument("--weight-decay", type=bounded(float), default=0.01)
-    parser.add_argument("--clip", type=bounded(float, above=0), default=1.0, help="largest gradient norm (default: 1)")
-    parser.add_argument("--dropout", type=bounded(float, below=1), help="in place of the checkpoint's")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-                        help="less memory, a third more time (default: xxl alone)")  # fmt: skip
-    parser.add_argument("--checkpoint-every", type=bounded(int, above=0), help="micro-batches between evaluated checkpoints")
-    parser.add_argument("--validation-limit", type=bounded(int, above=0), help="problems a set at each checkpoint (default: all)")
-    parser.add_argument("--test-limit", type=bounded(int, above=0), help="problems a set for the last table (default: all)")
-    parser.add_argument("--skip-bbh", action="store_true", help="do not measure BIG-Bench Hard for the last table")
-    parser.add_argument("--eval-batch-size", type=bounded(int, above=0), default=64)
-    parser.add_argument("--max-new-tokens", type=bounded(int, above=0))
-    parser.add_argument("--log-every", type=bounded(int, above=0), default=10, help="steps between progress lines")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: the best there is; toy: cpu")
-    parser.add_argument("--threads", type=bounded(int, above=0), help="of the CPU (default: all; toy: 2, its tensors are small)")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "bf16-weights"], help="bf16: of matrix products (default "
-                        "on CUDA); bf16-weights: of all but the optimizer, half the memory (default: xxl)")  # fmt: skip
+        description="Specialize a T5 towards multi-step math with a teacher's solutions.",
+        epilog="Without arguments: the toy world in data/toy, on the CPU. Defaults are those of "
+               "--size unless stated.")
+    add, positive = parser.add_argument, in_range(int, above=0)
+    add("--size", choices=SIZES, default="toy", help="the paper's settings for this FlanT5 (default: toy)")
+    add("--model", help="folder or hub name, in place of the size's")
+    add("--teacher", type=Path, help="teacher records (default: GSM8K's own solutions; toy: its own)")
+    add("--data", type=Path, help="folder of the problem sets; missing ones are downloaded")
+    add("--name", help="name of the run's folder in runs/ (default: the size)")
+    add("--resume", action="store_true", help="continue the run with the same arguments")
+    add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="data formats to mix")
+    add("--loss", choices=LOSSES, default="kl", help="loss for chains of thought (default: kl)")
+    add("--epochs", type=positive, help="passes over the examples (default: 10)")
+    add("--steps", type=positive, help="maximum number of optimizer steps")
+    add("--optimizer", choices=["adamw", "adafactor"], help="default: adamw; xxl: adafactor")
+    add("--learning-rate", type=in_range(float, above=0), help="peak learning rate (default: 5e-4)")
+    add("--micro-batch-size", type=positive, nargs=4, metavar="N", help="examples in each format")
+    add("--gradient-accumulation-steps", type=positive, help="micro-batches per optimizer step")
+    add("--warmup", type=in_range(int), default=10, help="warm-up steps (default: 10)")
+    add("--weight-decay", type=in_range(float), default=0.01, help="default: 0.01")
+    add("--max-grad-norm", type=in_range(float, above=0), default=1.0, help="default: 1")
+    add("--dropout", type=in_range(float, below=1), help="dropout rate (default: the checkpoint's)")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        help="less memory for a third more time (default: xxl only)")
+    add("--checkpoint-every", type=positive, help="optimizer steps between evaluated checkpoints")
+    add("--validation-limit", type=positive, help="problems per set at a checkpoint (default: all)")
+    add("--test-limit", type=positive, help="problems per task in the last table (default: all)")
+    add("--skip-bbh", action="store_true", help="leave BIG-Bench Hard out of the last table")
+    add("--eval-batch-size", type=positive, default=64, help="problems per batch (default: 64)")
+    add("--max-new-tokens", type=positive, help="longest output in evaluations (default: 256)")
+    add("--log-every", type=positive, default=10, help="steps between progress lines (default: 10)")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest one; toy: cpu")
+    add("--threads", type=positive, help="number of CPU threads (default: all; toy: 2)")
+    add("--precision", choices=["fp32", "bf16", "bf16-weights"], help="bf16: matrix products "
+        "(default on CUDA); bf16-weights: weights and gradients, half the memory (default: xxl)")
     args = parser.parse_args(arguments)
     for key, value in (DEFAULTS | SIZES[args.size]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.formats = list(dict.fromkeys(args.formats))
-    if args.device != "cpu" and not (args.plan or device_bytes(args.device)):
-        raise InputError(f"--device {args.device}: torch finds none here; --device cpu runs everywhere")
+    if args.device not in ("cpu", best_device()):
+        raise UserError(f"--device {args.device}: PyTorch finds none here; use {best_device()}")
     if args.precision is None:
-        old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if args.device == "cuda" and not old else "fp32"
+        has_bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if has_bf16 else "fp32"
     if args.gradient_checkpointing and args.device == "mps" and args.dropout != 0:
-        raise InputError("on MPS torch recomputes with other dropout masks: --gradient-checkpointing needs --dropout 0")
+        raise UserError("on MPS PyTorch recomputes with other dropout masks; add --dropout 0")
     return args
 
-
 def make_deterministic(seed):
-    """The same seed gives the same weights on the same device, on CUDA as far as torch has kernels that add up in one
-    order; it warns of the others."""
+    """Make the same seed give the same weights on the same device. On CUDA, only as far as PyTorch
+    offers deterministic kernels; it warns about the rest."""
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and finds only bugs
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and only finds bugs
 
-
-def plan(args):
-    """What training would take, told without loading weights: text to print. Lengths are those of the first epoch;
-    without a teacher's records they are PAPER_LENGTHS."""
-    folder, cot = Path(args.model), [FORMATS[name][0] for name in FORMATS]
-    if not folder.is_dir() and args.model != SIZES[args.size]["model"]:
-        raise InputError(f"--plan --model {args.model}: no such folder; --plan reads a model's config.json there")
-    config = read_config(folder / "config.json", T5Config) if folder.is_dir() else flan_config(args.size)
+def teacher_records(args, pool):
+    """Return the teacher's records, or GSM8K's own solutions without distributions."""
     if args.teacher:
-        tokenizer = Tokenizer(args.model)
-        rows, summary = training_rows(tokenizer, args.teacher, args.data, args.formats, args.loss)
-        encode, steps_of = schedule(rows, load("gsm8k", "train", args.data), tokenizer, args)
-        steps, lengths = len(steps_of(0)), dict.fromkeys(FORMATS, (0, 0))
-        for examples in itertools.chain.from_iterable(steps_of(0)):
-            name = examples[0][0].format
-            size = max(len(source(*example, encode)) for example in examples), max(len(row.labels) for row, _ in examples)
-            lengths[name] = tuple(map(max, lengths[name], size))
-    else:
-        summary, lengths = "With a teacher like the paper's: 207,135 solutions of 7,473 questions", PAPER_LENGTHS
-        count = {name: 207135 if FORMATS[name][0] else 7473 for name in args.formats}
-        batches = sum(math.ceil(count[name] / size) for name, size in zip(FORMATS, args.micro_batch) if name in count)
-        steps = math.ceil(batches / args.accumulation)
-    shapes = {
-        name: (size, *lengths[name], 5 if args.loss != "nll" and has_cot else 0)
-        for name, size, has_cot in zip(FORMATS, args.micro_batch, cot) if name in args.formats
-    }  # fmt: skip
+        return read_teacher(args.teacher)
+    print("no --teacher: training by likelihood on GSM8K's own solutions")
+    stated = [replace(problem, solution=math_target(problem, cot=True)) for problem in pool]
+    return [Record(problem, None, f"GSM8K, line {n}") for n, problem in enumerate(stated, 1)]
 
-    def loss(model, batch):
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"):
-            return batch_loss(model, batch)
-
-    total = min(steps * args.epochs, args.steps or math.inf)
-    every = max(1, args.checkpoint_every // args.accumulation)
-    return f"""{training_memory(config, shapes, loss, args, weights_dtype(args))}
-{summary}.
-{total:,} steps of {args.accumulation} micro-batches, {total / steps:.4g} epochs of {steps:,} steps; a checkpoint every {every:,} steps"""
-
+def evaluate_with(args, model, tokenizer, task, cot, split, limit):
+    """Evaluate a task by the run's settings."""
+    with mixed_precision(args):
+        return evaluate_task(model, tokenizer, task, cot, split, args.data, limit,
+                             batch_size=args.eval_batch_size, max_new_tokens=args.max_new_tokens)
 
 def specialize(args, run):
-    """Train, choose a checkpoint, and tell what was gained and lost."""
+    """Train, select a checkpoint, and report what was gained and lost."""
     torch.set_num_threads(args.threads)
     make_deterministic(args.seed)
     options = {"device": args.device, "dtype": weights_dtype(args)}
     model, tokenizer = load_pretrained(args.model, dropout_rate=args.dropout, **options)
-    rows, summary = training_rows(tokenizer, args.teacher, args.data, args.formats, args.loss)
-    if any(row.probs is not None for row in rows):
-        summary += f"; the least KL these targets allow is {kl_floor(rows):.4f} nats a token (below 0: not all was told)"
-    print(f"{summary}. Run: {run}")
     pool = load("gsm8k", "train", args.data)
-    for task in MATH:  # fetched and checked now, and not when they are needed
+    tests = [(task, True) for task in DATASETS]
+    tests += [] if args.skip_bbh else [("bbh", True), ("bbh", False)]
+    for task in DATASETS:  # download and check all problem sets before training
         load(task, "test", args.data)
     for task in [] if args.skip_bbh else bbh_tasks(args.data):
         load(task, "test", args.data)
         bbh_prompt(task, "", True, args.data)
+    examples, summary = build_examples(teacher_records(args, pool), tokenizer, args.formats, args.loss)
+    if any(example.teacher_probs is not None for example in examples):
+        summary += f"; the minimum possible KL is {min_kl(examples):.4f} nats per token"
+    print(f"{summary}. Run: {run}")
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
-    best = train(model, tokenizer, rows, pool, args, run)
+    atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
+    best = train(model, tokenizer, examples, pool, args, run)
 
     model = T5.from_pretrained(run / f"checkpoint-{best['step']}", dtype=weights_dtype(args))
     model.save_pretrained(run / "model")
     tokenizer.save(run / "model")
-    test = {}
-    for name, folder in (("base", args.model), ("specialized", run / "model")):
-        with mixed_precision(args):
-            test[name] = report(T5.from_pretrained(folder, **options), tokenizer, args)
-    print("\n" + table(list(test["base"]), [(name, list(columns.values())) for name, columns in test.items()]))
-    print(f"\nCheckpoint of step {best['step']}, the best on the out-of-distribution validation sets: {describe(best)}")
-    first, after = (test[name]["gsm8k"].predictions[0] for name in test)
-    print(f"\n{first['prompt']}\n  gold: {number_text(first['answer'])}")
-    print(f"  base: {first['output']}\n  specialized: {after['output']}\n\nThe model is in {run / 'model'}")
-    accuracies = {
-        name: {column: [entry.accuracy, entry.stderr, len(entry.predictions)] for column, entry in columns.items()}
-        for name, columns in test.items()
-    }
-    write_whole(run / "results.json", json.dumps({"chosen": best, "test": accuracies}, indent=2) + "\n")
-
+    models = {"base": args.model, "specialized": run / "model"}
+    results = {}
+    for name, folder in models.items():
+        model = T5.from_pretrained(folder, **options)
+        results[name] = [evaluate_with(args, model, tokenizer, task, cot, "test", args.test_limit)
+                         for task, cot in tests]
+    names = [display_name(task, args.data) + ("" if task != "bbh" else " CoT" if cot else
+                                              " answer-only") for task, cot in tests]
+    print("\n" + table(list(results), [(name, list(row)) for name, *row in zip(names, *results.values())]))
+    print(f"\nSelected: step {best['step']}, the best on the out-of-distribution validation sets: "
+          f"{format_metrics(best, args)}")
+    base, specialized = (results[name][0].predictions[0] for name in models)
+    print(f"\n{base['prompt']}\n  gold:         {number_text(base['answer'])}\n"
+          f"  base:         {base['output']}\n  specialized:  {specialized['output']}\n\n"
+          f"The model is in {run / 'model'}")
+    accuracies = {name: {column: [e.accuracy, e.stderr, len(e.predictions)]
+                         for column, e in zip(names, entries)} for name, entries in results.items()}
+    text = json.dumps({"selected": best, "test": accuracies}, indent=2) + "\n"
+    atomic_write(run / "results.json", text)
 
 def main():
-    """python specialize.py: specialize, or tell what that would take; whatever ends it, say how to go on."""
+    """Specialize; if the run is interrupted, print how to resume it."""
     args = parse_arguments()
-    if args.plan:
-        print(plan(args))
-        return
     run = find_run(args)
     try:
         specialize(args, run)
     except KeyboardInterrupt:
-        again = [part for part in sys.argv if part != "--resume"] + ["--name", run.name] * (args.name is None) + ["--resume"]
-        how = f"Go on with: python {shlex.join(again)}" if (run / "arguments.json").exists() else "Nothing was begun."
+        words = [word for word in sys.argv if word != "--resume"]
+        words += [] if args.name else ["--name", run.name]
+        how = f"Continue with: {shlex.join([sys.executable, *words, '--resume'])}"
+        if not (run / "arguments.json").exists():
+            how = "Nothing was saved yet; start again."
         print(f"\nstopped. The last checkpoint: {last_checkpoint(run)}. {how}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # a full disk, a folder that cannot be written
-        raise InputError(
-            f"{error.filename or run}: {error.strerror or error}. The last good checkpoint: {last_checkpoint(run)}; "
-            "mend that, and --resume goes on from it"
-        ) from None
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"out of memory ({str(error).partition('. ')[0]}). --plan tells what a run takes; smaller --micro-batch and "
-            "--gradient-checkpointing take less"
-        ) from None
-
+        raise UserError(f"out of memory ({str(error).partition('. ')[0]}); use a smaller "
+                        "--micro-batch-size or --gradient-checkpointing") from None
 
 if __name__ == "__main__":
     run_command(main)

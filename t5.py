@@ -1,29 +1,36 @@
-"""T5 written by hand: the model, its files, its tokenizer and generation.
+"""T5 by hand: the model, generation, Hugging Face files and the tokenizer.
 
-Read it from top to bottom: configuration, the blocks of Figure 1 of the Transformer, the model, decoding with a
-key/value cache, reading and writing Hugging Face folders, the tokenizer. It holds all three families of checkpoints:
-T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 and its LM-adapted form (gated GELU, Shazeer, 2020,
-arXiv 2002.05202), and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The reference it must agree with is
-`transformers.T5ForConditionalGeneration`.
+It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (gated GELU: Shazeer, 2020, arXiv
+2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416), and must agree with
+`transformers.T5ForConditionalGeneration`: the tests compare logits, gradients and generated tokens.
+A first reader can stop at "files"; what follows is engineering.
 
-This file knows nothing of teachers, alignment, math problems or training.
-Shapes: B batch, S source length, T target length, D d_model, H heads, K d_kv, V vocabulary.
+Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
+L decoder layers, V vocabulary.
 
     python t5.py google/flan-t5-small "Translate to German: The house is wonderful."
 """
 
 import argparse
+import contextlib
 import functools
-import gc
+import hashlib
+import http.client
+import json
 import math
 import os
-import shutil
-from dataclasses import dataclass
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# What imports make stays. The garbage collector, which would look through it again and again, is spared that: 0.1 of the
-# 1.35 s from the start of a process to a flan-t5-base that is loaded.
-gc.disable()
+# Let OpenMP's threads sleep after a short spin: on a busy machine, spinning makes them many times
+# slower. The setting counts only if it is made before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import sentencepiece
 import torch
@@ -31,24 +38,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data.cpu import Dropout, Linear, computes_in_bf16, packed
-from data.download import InputError, hub_folder, run_command
-from data.huggingface import read_folder, tensor_names, write_config
-from data.weights import check_shapes, joined, write_safetensors
+PAD, EOS, UNK = 0, 1, 2  # the same ids in every T5; the decoder starts from PAD
 
-gc.freeze()
-gc.enable()
+class UserError(Exception):
+    """An error that the user can fix: bad input or a failed download. The message says how."""
 
-PAD, EOS = 0, 1  # the same in every T5; the decoder starts from PAD
-
+# --- configuration ---
 
 @dataclass
 class T5Config:
-    """A model's shape, in the names of config.json. The defaults are t5-small's.
+    """The shape of a model, in the names of config.json. The defaults are t5-small's.
 
-    tie_word_embeddings: the output head is the embedding matrix.
-    scale_decoder_outputs: the decoder's output is scaled by d_model**-0.5 before the head. T5 1.0 ties and scales,
-    1.1 and FlanT5 do neither, so `transformers` 4 has one key for both; its version 5 has two.
+    T5 1.0 uses the embedding matrix as output head (tied) and scales the decoder's output by
+    d_model**-0.5 before it. T5 1.1 and FlanT5 do neither.
     """
 
     vocab_size: int = 32128
@@ -56,156 +58,129 @@ class T5Config:
     d_kv: int = 64
     d_ff: int = 2048
     num_layers: int = 6
-    num_decoder_layers: int | None = None
+    num_decoder_layers: int = None  # default: num_layers
     num_heads: int = 8
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     dropout_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"
+    feed_forward_proj: str = "relu"  # or "gated-gelu"
     tie_word_embeddings: bool = True
-    scale_decoder_outputs: bool | None = None
+    scale_decoder_outputs: bool = None  # default: tie_word_embeddings
 
     def __post_init__(self):
         if self.num_decoder_layers is None:
             self.num_decoder_layers = self.num_layers
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_word_embeddings
-        if not 4 <= self.relative_attention_num_buckets < 2 * self.relative_attention_max_distance:
-            raise InputError("relative_attention_num_buckets must be 4 or more, and below twice relative_attention_max_distance")
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise InputError(f"feed_forward_proj is {self.feed_forward_proj!r}; T5 has 'relu' and 'gated-gelu'")
 
-
-class Embedding(nn.Embedding):
-    """A row for each id; T5.init_weights gives the rows their values."""
-
-    def reset_parameters(self):
-        pass
-
-
-class RMSNorm(nn.Module):
-    """T5's layer norm: x / rms(x) * weight, without mean and bias, computed in fp32 whatever the dtype of x."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.eps = config.layer_norm_epsilon
-        self.weight = nn.Parameter(torch.ones(config.d_model))
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
+# --- blocks ---
 
 class FeedForward(nn.Module):
-    """relu(x W_i) W_o in T5 1.0; (gelu(x W_0) * (x W_1)) W_o in 1.1 and FlanT5, with W_0 and W_1 in one matrix."""
+    """relu(x W_i) W_o in T5 1.0, and (gelu(x W_0) * (x W_1)) W_o in T5 1.1 and FlanT5."""
 
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
-        self.wi = Linear(config.d_model, config.d_ff * (2 if self.gated else 1))
+        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
+            self.add_module(name, Linear(config.d_model, config.d_ff))
         self.wo = Linear(config.d_ff, config.d_model)
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x):
-        x = self.wi(x)
         if self.gated:
-            gate, x = x.chunk(2, dim=-1)
-            x = F.gelu(gate, approximate="tanh") * x
+            x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
         else:
-            x = F.relu(x)
+            x = F.relu(self.wi(x))
         return self.wo(self.dropout(x))
 
-
 class Attention(nn.Module):
-    """Multi-head attention without biases and, T5's trap, without the division of the logits by sqrt(d_kv).
+    """Multi-head attention. Two things differ from the standard Transformer: projections have no
+    biases, and the logits are not divided by sqrt(d_kv); init_weights makes up for that."""
 
-    What multiplies the same input lies in one matrix, one product in place of three or two: W_q, W_k and W_v in
-    self-attention; W_k and W_v in cross-attention, whose W_q alone is on the decoder's side.
-    """
-
-    def __init__(self, config, is_cross=False):
+    def __init__(self, config):
         super().__init__()
-        self.num_heads, self.d_kv = config.num_heads, config.d_kv
+        self.num_heads = config.num_heads
         inner = config.num_heads * config.d_kv
-        self.dropout = Dropout(config.dropout_rate)
-        if is_cross:
-            self.q, self.kv = Linear(config.d_model, inner), Linear(config.d_model, 2 * inner)
-        else:
-            self.qkv = Linear(config.d_model, 3 * inner)
+        self.q, self.k, self.v = (Linear(config.d_model, inner) for _ in range(3))
         self.o = Linear(inner, config.d_model)
+        self.dropout = Dropout(config.dropout_rate)
 
-    def heads(self, x):
-        """(B, n, c*H*K) -> c tensors (B, H, n, K)."""
-        B, n, _ = x.shape
-        return x.view(B, n, -1, self.num_heads, self.d_kv).permute(2, 0, 3, 1, 4).unbind(0)
+    def split_heads(self, x):
+        """(B, n, H*K) -> (B, H, n, K)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def keys_values(self, memory):
-        """The encoder's output (B, S, D) as keys and values of cross-attention, each (B, H, S, K)."""
-        return self.heads(self.kv(memory))
+    def project_kv(self, x):
+        """Project (B, m, D) to keys and values, each (B, H, m, K)."""
+        return self.split_heads(self.k(x)), self.split_heads(self.v(x))
 
-    def forward(self, x, bias, memory_kv=None, past=None):
-        """x (B, n, D); bias (B or 1, H or 1, n or 1, m) is added to the logits. memory_kv: keys_values() for cross-attention.
+    def forward(self, x, bias, memory_kv=None, kv_cache=None):
+        """Attend from x (B, n, D) to itself, or to the encoder's output; return (B, n, D).
 
-        past: for self-attention while decoding, a pair (key/value store (2, B, H, T, K), number of tokens in it).
+        bias: (B or 1, H or 1, n or 1, m), added to the attention logits.
+        memory_kv: in cross-attention, project_kv() of the encoder's output.
+        kv_cache: in decoding, keys and values (2, B, H, T, K) and t; those of x are stored at t.
         """
-        if memory_kv is not None:
-            (q,), (k, v) = self.heads(self.q(x)), memory_kv
+        q = self.split_heads(self.q(x))
+        k, v = self.project_kv(x) if memory_kv is None else memory_kv
+        if kv_cache is not None:
+            stored, t = kv_cache
+            stored[0, :, :, t] = k[:, :, 0]
+            stored[1, :, :, t] = v[:, :, 0]
+            k, v = stored[:, :, :, : t + 1]
+        if self.training and x.is_cpu:  # as PyTorch does there, minus its scaling: 20% faster
+            weights = (q @ k.transpose(-1, -2)).add_(bias).softmax(-1)  # (B, H, n, m)
+            x = self.dropout(weights) @ v
         else:
-            q, k, v = self.heads(self.qkv(x))
-            if past is not None:
-                store, t = past
-                store[0, :, :, t], store[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-                k, v = store[:, :, :, : t + 1]
-        if self.training and x.is_cpu:  # as torch does it there, but without scaling q and k by 1: 20% less time
-            x = self.dropout((q @ k.transpose(-1, -2)).add_(bias).softmax(-1)) @ v
-        else:
-            dropout = self.dropout.p if self.training else 0.0
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)  # (B, H, n, K)
-        return self.o(x.transpose(1, 2).flatten(2))
-
+            p = self.dropout.p if self.training else 0.0
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=1.0)
+        return self.o(x.transpose(1, 2).flatten(2))  # (B, H, n, K) -> (B, n, D)
 
 class Block(nn.Module):
-    """Self-attention, in the decoder cross-attention, feed-forward; each as x + dropout(f(norm(x)))."""
+    """Self-attention, cross-attention (decoder only), feed-forward: x + dropout(f(norm(x))).
+
+    T5's layer norm is x / rms(x) * weight, without a mean and without a bias.
+    """
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        self.self_norm, self.self_attention = RMSNorm(config), Attention(config)
+        norm = functools.partial(nn.RMSNorm, config.d_model, config.layer_norm_epsilon)
+        self.self_norm, self.self_attention = norm(), Attention(config)
         if is_decoder:
-            self.cross_norm, self.cross_attention = RMSNorm(config), Attention(config, is_cross=True)
-        self.ff_norm, self.ff = RMSNorm(config), FeedForward(config)
+            self.cross_norm, self.cross_attention = norm(), Attention(config)
+        self.ff_norm, self.ff = norm(), FeedForward(config)
         self.is_decoder = is_decoder
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x, bias, memory=None, memory_bias=None, memory_kv=None, past=None):
-        """x (B, n, D) -> (B, n, D). A decoder's also takes memory, the encoder's output (B, S, D), or in its place, where
-        they have been made before, its keys and values memory_kv (2, B, H, S, K)."""
-        x = x + self.dropout(self.self_attention(self.self_norm(x), bias, past=past))
+    def forward(self, x, bias, memory=None, memory_bias=None, memory_kv=None, kv_cache=None):
+        """(B, n, D) -> (B, n, D). In the decoder, pass either memory, the encoder's output
+        (B, S, D), or memory_kv, its precomputed keys and values (2, B, H, S, K)."""
+        x = x + self.dropout(self.self_attention(self.self_norm(x), bias, kv_cache=kv_cache))
         if self.is_decoder:
             if memory_kv is None:
-                memory_kv = self.cross_attention.keys_values(memory)
+                memory_kv = self.cross_attention.project_kv(memory)
             x = x + self.dropout(self.cross_attention(self.cross_norm(x), memory_bias, memory_kv))
         return x + self.dropout(self.ff(self.ff_norm(x)))
 
-
 class Stack(nn.Module):
-    """The encoder or the decoder: blocks, one relative-position bias shared by all of them, a last norm."""
+    """The encoder or the decoder: blocks that share one relative-position bias, and a last norm."""
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        layers = config.num_decoder_layers if is_decoder else config.num_layers
         self.is_decoder = is_decoder
         self.max_distance = config.relative_attention_max_distance
-        self.relative_bias = Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        layers = config.num_decoder_layers if is_decoder else config.num_layers
         self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(layers))
-        self.final_norm = RMSNorm(config)
+        self.final_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
         self.dropout = Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
 
     def position_bias(self, query, key):
-        """Positions (n,) and (m,) -> bias (1, H, n, m): one learned number a head for each bucket of distances.
+        """Return the bias (1, H, n, m): one learned scalar per head and bucket of distances.
 
-        Near distances have a bucket each, far ones share buckets that widen logarithmically; the encoder, which looks
-        both ways, gives half of its buckets to each direction.
+        Short distances have a bucket each; longer ones share buckets whose width grows
+        logarithmically. The encoder looks both ways: half of its buckets are for keys to the right.
         """
         distance = key[None, :] - query[:, None]  # (n, m)
         buckets, first = self.relative_bias.num_embeddings, 0
@@ -216,14 +191,15 @@ class Stack(nn.Module):
             first = (distance > 0).long() * buckets
             distance = distance.abs()
         exact = buckets // 2
-        far = (distance.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact) * (buckets - exact)
-        bucket = torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))
-        return self.relative_bias(first + bucket).permute(2, 0, 1).unsqueeze(0)
+        growth = (distance.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact)
+        far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+        bucket = first + torch.where(distance < exact, distance, far)
+        return self.relative_bias(bucket).permute(2, 0, 1).unsqueeze(0)
 
     def forward(self, x, mask, memory=None, memory_bias=None):
-        """x (B, n, D), mask (B or 1, 1, n or 1, n) true where attention may look -> (B, n, D)."""
+        """(B, n, D) -> (B, n, D). mask: (B or 1, 1, n or 1, n), True where attention may look."""
         position = torch.arange(x.shape[1], device=x.device)
-        bias = additive(mask, self.position_bias(position, position).to(x.dtype))
+        bias = make_attention_bias(mask, self.position_bias(position, position))
         x = self.dropout(x)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
@@ -232,213 +208,192 @@ class Stack(nn.Module):
                 x = block(x, bias, memory, memory_bias)
         return self.dropout(self.final_norm(x))
 
+def make_attention_bias(mask, bias):
+    """Merge a boolean mask and a position bias into one bias, in the dtype attention will use.
 
-def in_evaluation_mode(method):
-    """A method that runs without dropout, whatever mode its module is in."""
-
-    @functools.wraps(method)
-    def wrapped(module, *arguments, **options):
-        was_training = module.training
-        module.eval()
-        try:
-            return method(module, *arguments, **options)
-        finally:
-            module.train(was_training)
-
-    return wrapped
-
-
-def additive(mask, bias):
-    """Boolean mask and bias -> one bias for the attention logits, in the dtype in which attention will run.
-
-    Hidden places get the lowest finite number and not -inf: a row that is all padding must not become NaN. bfloat16's
-    lowest number is finite in fp32 too; fp16 has its own.
+    Masked positions get a large negative number, not -inf: a fully padded row must not become NaN.
     """
     device = bias.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
-    lowest = torch.finfo(torch.float16 if dtype == torch.float16 else torch.bfloat16).min
-    return bias.to(dtype).masked_fill(~mask, lowest)
+    return bias.to(dtype).masked_fill(~mask, -3e4)
 
+# --- the model ---
 
 class T5(nn.Module):
-    """The encoder-decoder with its embedding and output head."""
+    """The encoder-decoder with its embedding and its output head."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.shared = Embedding(config.vocab_size, config.d_model)
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
-        if not self.shared.weight.is_meta:
-            self.init_weights()
+        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Random weights as T5 was pretrained from: embedding 1, every matrix fan_in**-0.5, the queries also
-        d_kv**-0.5, which stands for the missing scaling of the attention logits. A head of its own counts as a
-        matrix, so that the first loss is near log V."""
-        for name, tensor in self.hf_tensors().items():
-            if name.endswith("relative_attention_bias.weight"):
-                tensor.normal_(std=self.config.d_model**-0.5)
-            elif tensor.dim() == 2:
-                tensor.normal_(std=tensor.shape[1] ** -0.5)
-            if name.endswith(".q.weight"):
-                tensor.mul_(self.config.d_kv**-0.5)
+        """Draw T5's random weights: embeddings with standard deviation 1, matrices fan_in**-0.5.
+
+        W_q gets a further d_kv**-0.5, which replaces the usual scaling of the attention logits. An
+        untied head is treated like any other matrix, so the first loss is close to log V.
+        """
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                fan_in = self.config.d_model if "relative_bias" in name else weight.shape[1]
+                scale = self.config.d_kv if ".q." in name else 1
+                weight.normal_(std=(fan_in * scale) ** -0.5)
         self.shared.weight.normal_(std=1.0)
 
-    def embed(self, ids):
-        """Ids (B, n) -> (B, n, D), in the dtype in which all that follows will run: that of the weights, but fp32 on a
-        CPU that has no instructions for bf16."""
-        x = self.shared(ids)
-        return x.float() if x.is_cpu and not computes_in_bf16() else x
-
     def encode(self, input_ids, attention_mask):
-        """(B, S), (B, S) -> the encoder's output (B, S, D) and the bias (B, 1, 1, S) of attention to it."""
+        """Encode (B, S) ids; return (B, S, D) and the bias (B, 1, 1, S) of attention to it."""
         mask = attention_mask.bool()[:, None, None, :]
-        memory = self.encoder(self.embed(input_ids), mask)
-        return memory, additive(mask, memory.new_zeros(1))
+        memory = self.encoder(self.shared(input_ids), mask)
+        return memory, make_attention_bias(mask, memory.new_zeros(1))
 
     def logits(self, x):
-        """The decoder's output (..., D) -> (..., V)."""
-        return self.lm_head(x * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else x)
+        """Map the decoder's output (..., D) to logits (..., V)."""
+        scaled = self.config.scale_decoder_outputs
+        return self.lm_head(x * self.config.d_model**-0.5 if scaled else x)
 
     def forward(self, input_ids, attention_mask, decoder_input_ids):
-        """(B, S), (B, S), (B, T) -> logits (B, T, V): place t predicts the token after decoder_input_ids[:, t]."""
+        """(B, S), (B, S), (B, T) -> logits (B, T, V); those at t predict the token after t."""
         memory, memory_bias = self.encode(input_ids, attention_mask)
         T = decoder_input_ids.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=memory.device).tril()[None, None]
-        return self.logits(self.decoder(self.embed(decoder_input_ids), causal, memory, memory_bias))
+        return self.logits(self.decoder(self.shared(decoder_input_ids), causal, memory, memory_bias))
 
-    def source_keys_values(self, input_ids, mask):
-        """(B, S), (B, S) -> keys and values of the source in all L decoder blocks (L, 2, B, H, S, K), bias (B, 1, 1, S).
-
-        A CPU takes about 2,048 tokens at a time, so that activations are made in the same memory again and again: 32
-        rows of 470 in 5.2 s, at once in 6.4 (flan-t5-small, two cores). And it cuts each part of the batch where its
-        longest row ends.
-        """
-        B, S = input_ids.shape
-        size = max(1, 2048 // S) if input_ids.is_cpu else B
-        bias = additive(mask[:, None, None, :], self.embed(input_ids[:1, :1]).new_zeros(1))
-        blocks, c = self.decoder.blocks, self.config
-        memory_kv = torch.zeros(len(blocks), 2, B, c.num_heads, S, c.d_kv, dtype=bias.dtype, device=bias.device)
-        ends = (mask * torch.arange(1, S + 1, device=mask.device)).amax(1)  # (B,)
-        ends[ends == 0] = S  # a row that sees nothing looks at all places alike, as in forward()
-        for start in range(0, B, size):
-            rows = slice(start, start + size)
-            n = int(ends[rows].max())
-            memory, _ = self.encode(input_ids[rows, :n], mask[rows, :n])
-            for block, (keys, values) in zip(blocks, memory_kv):
-                keys[rows, :, :n], values[rows, :, :n] = block.cross_attention.keys_values(memory)
-        return memory_kv, bias
+    # --- generation ---
 
     @torch.no_grad()
-    @in_evaluation_mode
     def generate(self, input_ids, attention_mask=None, max_new_tokens=256, temperature=0.0, top_k=0,
-                 num_samples=1, generator=None, logits_processor=None):  # fmt: skip
-        """Decode greedily (temperature 0) or sample, token by token with a key/value cache.
+                 num_samples=1, generator=None, logits_processor=None):
+        """Decode greedily (temperature 0) or sample, one token at a time, without dropout.
 
-        input_ids, attention_mask: (B, S); without a mask, everything but padding is seen.
-        top_k: sample among the k likeliest tokens only (0: all). generator: a torch.Generator on the model's device.
-        logits_processor: a function that may change each step's logits: (ids so far (B, t), logits (B, V)) -> (B, V).
-        The logits are made in torch's inference mode: clone() what is to be kept and used in autograd.
-        Returns (B * num_samples, <= max_new_tokens), a prompt's samples beside each other: no start token, </s> kept,
-        0 after it. Finished rows leave the batch, and decoding ends with the last of them.
+        input_ids, attention_mask: (B, S); by default everything but padding is visible.
+        top_k: sample from the k most probable tokens only (0: from all), with generator, a
+        torch.Generator on the model's device.
+        logits_processor: a function (ids so far (B, t), logits (B, V)) -> logits (B, V).
+        Return (B * num_samples, <= max_new_tokens) ids without the start token, padded with 0 after
+        </s>; samples of the same prompt are adjacent.
         """
-        if attention_mask is None:
-            attention_mask = input_ids != PAD
-        # Keys and values of the source are made once; those of the target go into a store of fixed size.
-        memory_kv, memory_bias = self.source_keys_values(input_ids, attention_mask.bool())
-        if num_samples > 1:
-            memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)
-            memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)
-        (L, _, B, H, _, K), T = memory_kv.shape, max_new_tokens
-        store = memory_kv.new_empty(L, 2, B, H, T, K)
-        # The bias depends on the distance alone: the last position's row, cut from the left, serves every step.
+        was_training = self.training
+        self.eval()
+        attention_mask = input_ids != PAD if attention_mask is None else attention_mask
+        # Encode the source once: its keys and values for every decoder block.
+        memory_kv, memory_bias = self.encode_source(input_ids, attention_mask)
+        memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
+        memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)  # (B, 1, 1, S)
+        L, _, B, H, _, K = memory_kv.shape
+        T = max_new_tokens
+        kv_cache = memory_kv.new_empty(L, 2, B, H, T, K)
+        # The bias depends only on the distance between query and key, so the row of the last
+        # position, cut from the left, serves every step.
         position = torch.arange(T, device=memory_kv.device)
-        bias = self.decoder.position_bias(position[-1:], position).to(memory_kv.dtype)  # (1, H, 1, T)
+        bias = self.decoder.position_bias(position[-1:], position).to(memory_kv.dtype)
 
         output = torch.full((B, T), PAD, device=memory_kv.device)
-        active = torch.arange(B, device=memory_kv.device)  # rows of `output` that the batch still holds
+        rows = torch.arange(B, device=memory_kv.device)  # the output row of each batch element
         token = torch.full((B,), PAD, device=memory_kv.device)
-        # Inference mode keeps no record of views and versions: an eighth of the time of a step of tiny tensors.
-        with torch.inference_mode(), packed(self.decoder, self.lm_head):
+        with torch.inference_mode():  # faster than no_grad for small tensors
             for t in range(T):
-                x = self.embed(token[:, None])  # (B, 1, D)
-                for block, kv, past in zip(self.decoder.blocks, memory_kv, store):
-                    x = block(x, bias[..., T - 1 - t :], memory_bias=memory_bias, memory_kv=kv, past=(past, t))
+                x = self.shared(token[:, None])  # (B, 1, D)
+                for block, source, past in zip(self.decoder.blocks, memory_kv, kv_cache):
+                    x = block(x, bias[..., T - 1 - t :], memory_bias=memory_bias,
+                              memory_kv=source, kv_cache=(past, t))
                 logits = self.logits(self.decoder.final_norm(x))[:, 0]  # (B, V)
                 if logits_processor is not None:
-                    logits = logits_processor(output[active, :t], logits)
-                token = choose(logits, temperature, top_k, generator)
-                output[active, t] = token
-                ended = token == EOS
-                n = len(active) - int(ended.sum())  # rows that go on
-                if n == 0:
+                    logits = logits_processor(output[rows, :t], logits)
+                token = sample_token(logits, temperature, top_k, generator)
+                output[rows, t] = token
+                finished = token == EOS
+                if finished.all():
                     output = output[:, : t + 1]
                     break
-                if n < len(active):
-                    # Those behind place n move to the places of those that ended: cheaper than copying all that go on.
-                    to, of = ended[:n].nonzero()[:, 0], n + (~ended[n:]).nonzero()[:, 0]
-                    for rows in (active, token, memory_bias):
-                        rows[to] = rows[of]
-                    for kv in (memory_kv, store[..., : t + 1, :]):
-                        kv[:, :, to] = kv[:, :, of]
-                    active, token, memory_bias = active[:n], token[:n], memory_bias[:n]
-                    memory_kv, store = memory_kv[:, :, :n], store[:, :, :n]
+                if finished.any():
+                    rows, token, memory_bias, memory_kv, kv_cache = drop_finished(
+                        finished, rows, token, memory_bias, memory_kv, kv_cache)
+        self.train(was_training)
         return output
 
+    def encode_source(self, input_ids, attention_mask):
+        """Return the keys and values of a source for all decoder blocks (L, 2, B, H, S, K) and the
+        bias (B, 1, 1, S). On the CPU, chunks of about 2,048 tokens reuse the same memory."""
+        B, S = input_ids.shape
+        blocks = self.decoder.blocks
+        mask = attention_mask.bool()[:, None, None, :]
+        bias = make_attention_bias(mask, self.shared.weight.new_zeros(1))
+        shape = len(blocks), 2, B, self.config.num_heads, S, self.config.d_kv
+        memory_kv = torch.empty(shape, dtype=bias.dtype, device=bias.device)
+        size = max(1, 2048 // S) if input_ids.is_cpu else B
+        for start in range(0, B, size):
+            chunk = slice(start, start + size)
+            memory, _ = self.encode(input_ids[chunk], attention_mask[chunk])
+            for block, kv in zip(blocks, memory_kv):
+                kv[0, chunk], kv[1, chunk] = block.cross_attention.project_kv(memory)
+        return memory_kv, bias
+
+    # --- Hugging Face files ---
+
     def hf_tensors(self, of=lambda parameter: parameter.data):
-        """{name in Hugging Face files: tensor}: rows of the parameters, or of what `of` takes from them, say gradients."""
-        parameters = dict(self.named_parameters(remove_duplicate=False))
-        return {
-            name: rows
-            for own, names in tensor_names(self.config).items()
-            for name, rows in zip(names, of(parameters[own]).chunk(len(names)))
-        }
+        """Return {name in Hugging Face files: tensor}; pass of=lambda p: p.grad for gradients."""
+        return {hf_name(name): of(parameter) for name, parameter in self.named_parameters()}
 
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, dropout_rate=None):
-        """Load an HF-format folder, or a hub name (from the local HF cache, else downloaded and kept there).
+        """Load a folder in Hugging Face format, or a name on the hub, in eval mode.
 
-        Reads model.safetensors or pytorch_model.bin, whole or in shards, stored in fp32, bf16 or fp16.
-        dropout_rate: in place of config.json's, and saved with the model, which comes in evaluation mode. On the CPU the
-        weights that lie in the file as they are needed are mapped from there: it must not be changed in place
-        (save_pretrained never does).
-        Raises InputError naming the folder and what is missing, unknown or misshapen.
+        dropout_rate overrides config.json's, and is saved with the model. On the CPU, weights that
+        need no conversion are memory-mapped, so do not change the file in place while in use.
+        Raises UserError naming what is missing, unexpected or misshapen.
         """
-        folder = hub_folder(name_or_dir)
-        config, stored = read_folder(folder, T5Config)
-        if dropout_rate is not None:
-            config.dropout_rate = dropout_rate
-        with torch.device("meta"):
-            model = cls(config)
-        check_shapes(stored, model.hf_tensors(), folder)
-        weights = {
-            own: joined([stored[name] for name in names]).to(device, dtype)
-            for own, names in tensor_names(config).items()
-        }
-        model.load_state_dict(weights, assign=True)
+        config, stored = read_config(name_or_dir), read_weights(name_or_dir)
+        config.dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
+        # Some files hold copies of the embedding, and a bias that no T5 uses.
+        stored.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
+        for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+            if copy in stored:
+                stored.setdefault("shared.weight", stored.pop(copy))
+        if config.tie_word_embeddings and "shared.weight" in stored:
+            stored.setdefault("lm_head.weight", stored["shared.weight"])
+        try:
+            if config.num_layers + config.num_decoder_layers > len(stored):
+                raise RuntimeError(f"{config.num_layers} layers, but only {len(stored)} tensors")
+            with torch.device("meta"):  # no memory and no time for random weights
+                model = cls(config)
+            ours = {hf_name(name): name for name in model.state_dict()}
+            state = {ours.get(name, name): x.to(device, dtype) for name, x in stored.items()}
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:  # PyTorch lists what is missing, unexpected or misshapen
+            message = " ".join(str(error).split())[:1000]
+            raise UserError(f"{name_or_dir}: {message}; download it again") from None
+        # Releases of transformers read tie_word_embeddings differently, so let the weights decide.
+        config.tie_word_embeddings = torch.equal(model.lm_head.weight, model.shared.weight)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.shared.weight
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors; each appears whole or not at all. `transformers` loads them."""
-        folder, tensors = Path(folder), self.hf_tensors()
-        if not self.config.scale_decoder_outputs:  # see write_config
-            tensors["lm_head.weight"] = self.lm_head.weight
+        """Write config.json and model.safetensors, each atomically; `transformers` loads them.
+
+        For transformers 4, tie_word_embeddings also means that the decoder's output is scaled. It
+        is written in this sense; if it is false, the head is stored even if it is tied.
+        """
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(self.config, folder / "config.json.tmp")
+        tensors, scaled = self.hf_tensors(), self.config.scale_decoder_outputs
+        if not scaled:
+            tensors["lm_head.weight"] = self.lm_head.weight.data
+        config = asdict(self.config) | FIXED | {"tie_word_embeddings": scaled}
+        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_safetensors(tensors, folder / "model.safetensors.tmp")
         for name in ("config.json", "model.safetensors"):
             os.replace(folder / f"{name}.tmp", folder / name)
 
-
-def choose(logits, temperature, top_k, generator):
-    """Logits (B, V) -> the next token of each row (B,): the likeliest, or one drawn at this temperature."""
+def sample_token(logits, temperature, top_k, generator):
+    """Choose the next token (B,) from logits (B, V): the most probable one, or a sample."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -447,97 +402,382 @@ def choose(logits, temperature, top_k, generator):
         logits = logits.masked_fill(logits < lowest, -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
+def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
+    """Compact a batch of generate(): return its five tensors without the finished elements (B,).
+
+    Unfinished elements of the tail move into the slots of finished ones, which copies less than
+    re-indexing every survivor.
+    """
+    n = len(finished) - int(finished.sum())
+    slots = finished[:n].nonzero()[:, 0]
+    movers = n + (~finished[n:]).nonzero()[:, 0]
+    for tensor in (rows, token, memory_bias):
+        tensor[slots] = tensor[movers]
+    for tensor in (memory_kv, kv_cache):
+        tensor[:, :, slots] = tensor[:, :, movers]
+    return rows[:n], token[:n], memory_bias[:n], memory_kv[:, :, :n], kv_cache[:, :, :n]
+
+# --- files: config.json, tensor names, weights ---
+
+# Settings that are the same in every T5, and Hugging Face's names for the parts named here.
+FIXED = {
+    "model_type": "t5", "is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"],
+    "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD,
+}
+HF_NAMES = {
+    "blocks": "block", "final_norm": "final_layer_norm",
+    "self_norm": "layer.0.layer_norm", "self_attention": "layer.0.SelfAttention",
+    "cross_norm": "layer.1.layer_norm", "cross_attention": "layer.1.EncDecAttention",
+    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
+}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+def hf_name(name):
+    """Translate a parameter's name into its name in Hugging Face files."""
+    last = "layer.1" if name.startswith("encoder") else "layer.2"
+    names = HF_NAMES | {"ff_norm": f"{last}.layer_norm", "ff": f"{last}.DenseReluDense"}
+    return ".".join(names.get(part, part) for part in name.split("."))
+
+def read_config(name_or_dir):
+    """Read config.json; ignore keys that T5Config lacks. Raises UserError naming file and key."""
+    path = model_file(name_or_dir, "config.json")
+    try:
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        config = T5Config(**{k: v for k, v in stored.items() if k in T5Config.__annotations__})
+        for name, kind in T5Config.__annotations__.items():
+            value = getattr(config, name)
+            limit = {int: 2**18, float: 1}.get(kind)
+            if type(value) is not kind or (limit and not 0 <= value < limit):
+                raise ValueError(f"{name} is {value!r}")
+        for name, value in FIXED.items():
+            if stored.get(name, value) != value:
+                raise ValueError(f"{name} is {stored[name]!r}, not {value!r}")
+        if config.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise ValueError(f"feed_forward_proj is {config.feed_forward_proj!r}")
+        return config
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not the config of a T5 ({error}); download it again") from None
+
+def read_weights(name_or_dir):
+    """Read a model's weights, one file or shards, as {name: tensor}. No code in them is run."""
+    stems = "model.safetensors", "pytorch_model.bin"
+    path = model_file(name_or_dir, *[stem + end for stem in stems for end in ("", ".index.json")])
+    safe = path.name.startswith(stems[0])
+    weights, shards = {}, {path.name}
+    try:
+        if path.suffix == ".json":
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(shards):
+            path = model_file(name_or_dir, Path(name).name)
+            weights |= read_safetensors(path) if safe else torch.load(path, "cpu", weights_only=True)
+        if not all(tensor.dtype in DTYPES.values() for tensor in weights.values()):
+            raise ValueError("not all tensors are in fp32, fp16 or bf16")
+        return weights
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises many kinds, none of them documented
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{path}: not a complete file ({message}); download it again") from None
+
+def read_safetensors(path):
+    """Map one safetensors file into memory: {name: tensor}. Pages are read when they are used.
+
+    The format: 8 bytes with the length of the header, a JSON header, the bytes of the tensors.
+    """
+    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    first = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
+    header = json.loads(data[8:first].numpy().tobytes())
+    header.pop("__metadata__", None)
+    tensors, last = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        dtype = DTYPES[entry["dtype"]]
+        if start != last or end - start != math.prod(entry["shape"]) * dtype.itemsize:
+            raise ValueError(f"{name} has the wrong offsets {start}, {end}")
+        last = end
+        part = data[first + start : first + end]
+        if (first + start) % dtype.itemsize:  # a view must start at a multiple of its item size
+            part = part.clone()
+        tensors[name] = part.view(dtype).view(entry["shape"]).data  # .data: no shared versions
+    return tensors
+
+def write_safetensors(tensors, path):
+    """Write {name: tensor} as one safetensors file."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise UserError(f"{path}: {name} is in {tensor.dtype}; save it in fp32, fp16 or bf16")
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+# --- downloads ---
+
+DOWNLOAD_ERRORS = OSError, http.client.HTTPException, ValueError, LookupError, TypeError
+
+def model_file(name_or_dir, *names):
+    """Return the path of the first of these files that a model has, downloading it if necessary.
+
+    Hub files are kept in the Hugging Face cache in huggingface_hub's layout. HF_HOME, HF_HUB_CACHE,
+    HF_ENDPOINT, HF_TOKEN (or the token of `hf auth login`) and HF_HUB_OFFLINE work as they do there.
+    """
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cache = hub / f"models--{str(name_or_dir).replace('/', '--')}"
+    main = cache / "refs" / "main"  # holds the commit of the cached snapshot
+    commit = main.read_text().strip() if main.exists() else "main"
+    is_folder = Path(name_or_dir).is_dir()
+    folder = Path(name_or_dir) if is_folder else cache / "snapshots" / commit
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    if is_folder:
+        raise UserError(f"{folder}: no {', no '.join(names)}; copy one there")
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name_or_dir)):
+        raise UserError(f"{name_or_dir}: no such folder; give a folder or the name of a hub model")
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UserError(f"{folder}: no {names[0]}; unset HF_HUB_OFFLINE to download it")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN") or ""
+    if not token and (home / "token").exists():
+        token = (home / "token").read_text()
+    try:
+        listing = f"{endpoint}/api/models/{name_or_dir}/revision/{commit}?blobs=true"
+        with open_url(listing, token) as response:
+            repository = json.loads(response.read())
+        files = {entry["rfilename"]: entry for entry in repository["siblings"]}
+        commit = repository["sha"]
+    except DOWNLOAD_ERRORS as error:
+        raise UserError(f"cannot read {listing} ({describe(error)}); without a network, copy the "
+                        f"model's files to {folder}") from None
+    name = next((name for name in names if name in files), None)
+    if name is None:
+        raise UserError(f"{endpoint}/{name_or_dir} has no {', no '.join(names)}; is it a T5?")
+    path = cache / "snapshots" / commit / name
+    sha256 = (files[name].get("lfs") or {}).get("sha256")
+    url = f"{endpoint}/{name_or_dir}/resolve/{commit}/{name}"
+    download(url, path, sha256, files[name].get("size"), token)
+    main.parent.mkdir(parents=True, exist_ok=True)
+    main.write_text(commit)
+    return path
+
+def download(url, path, sha256=None, size=None, token=""):
+    """Download a URL to path, unless the file exists, and return path. Raises UserError.
+
+    The file is written as PATH.part, checked, and renamed; an interrupted download resumes.
+    """
+    part = path.with_name(path.name + ".part")
+    for attempt in range(0 if path.exists() else 4):
+        time.sleep(attempt)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            have = part.stat().st_size if part.exists() else 0
+            headers = {"Range": f"bytes={have}-"} if have else {}
+            with open_url(url, token, headers) as response, open(part, "ab") as file:
+                if response.headers.get_content_type() == "text/html":
+                    raise OSError("a web page was received in place of the file")
+                if response.status != 206:  # the complete file, not the rest of it
+                    file.truncate(0)
+                total = size or file.tell() + int(response.headers.get("Content-Length") or 0)
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    show_progress(f"{path.name}: {file.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+                if file.tell() < total:
+                    raise OSError(f"{file.tell():,} of {total:,} bytes were received")
+            show_progress("")
+            if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+                part.unlink()
+                raise OSError(f"its SHA-256 is not {sha256}")
+            os.replace(part, path)
+            break
+        except DOWNLOAD_ERRORS as error:
+            code = getattr(error, "code", None)
+            if code == 416:  # the partial file is not the beginning of this one
+                part.unlink(missing_ok=True)
+            if attempt == 3 or code in (401, 403, 404):
+                raise UserError(f"cannot download {url} ({describe(error)}); try again, or copy "
+                                f"the file to {path}") from None
+    return path
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects; the token stays with the request on the same host only."""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        new = super().redirect_request(request, response, code, message, headers, url)
+        if new.host == request.host:
+            new.unredirected_hdrs = {k: v for k, v in request.unredirected_hdrs.items() if k != "Host"}
+        return new
+
+def open_url(url, token="", headers={}):
+    """Open a URL; the token goes to its own host only."""
+    request = urllib.request.Request(url, headers=headers)
+    if token.strip():
+        request.add_unredirected_header("Authorization", f"Bearer {token.strip()}")
+    return urllib.request.build_opener(Redirects).open(request, timeout=30)
+
+def describe(error):
+    """Describe a failed request, without the token that the text of a ValueError may contain."""
+    hint = "; for a gated model set HF_TOKEN" if getattr(error, "code", 0) in (401, 403) else ""
+    return f"{error}{hint}" if isinstance(error, OSError) else type(error).__name__
+
+def show_progress(text):
+    """Rewrite the progress line; do nothing unless stderr is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+# --- the tokenizer ---
 
 class Tokenizer:
-    """T5's SentencePiece vocabulary. path: a spiece.model, a folder that holds one, or a hub name.
+    """T5's SentencePiece vocabulary: a spiece.model, a folder that holds one, or a hub name.
 
-    pieces: the string of each id; "\u2581" (not the underscore) marks the start of a word. A newline becomes a space.
+    pieces: the string of each id; "\u2581" (not the underscore) marks the start of a word.
     """
 
-    def __init__(self, path):
-        self.path = Path(path) if Path(path).is_file() else hub_folder(path) / "spiece.model"
-        if not self.path.exists():
-            raise InputError(f"{self.path.parent}: no spiece.model, so the model has no tokenizer; copy it there")
+    def __init__(self, name_or_path):
+        is_file = Path(name_or_path).is_file()
+        self.path = Path(name_or_path) if is_file else model_file(name_or_path, "spiece.model")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{self.path}: not a SentencePiece model ({error}); fetch it again") from None
-        if (self.model.pad_id(), self.model.eos_id(), self.model.unk_id()) != (PAD, EOS, 2):
-            raise InputError(f"{self.path}: not a T5 vocabulary, where padding, </s> and <unk> have the ids 0, 1 and 2; copy one")
+            if [self.model.pad_id(), self.model.eos_id(), self.model.unk_id()] != [PAD, EOS, UNK]:
+                raise ValueError("<pad>, </s> and <unk> are not 0, 1 and 2")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.path}: not a T5 vocabulary ({error}); copy one there") from None
         self.pieces = [self.model.id_to_piece(i) for i in range(len(self.model))]
 
-    def encode(self, text):
-        """Text -> ids, ending in </s>."""
-        return self.model.encode(whole_characters(text)) + [EOS]
+    def split(self, text, kind=str):
+        """Return a text's pieces, without </s>. A newline is a space, half a surrogate pair "?"."""
+        return self.model.encode(text.encode("utf-8", "replace").decode(), out_type=kind)
 
-    def split(self, text):
-        """Text -> its pieces as strings, one for each id of encode() but </s>; what has no piece stands as it is."""
-        return self.model.encode(whole_characters(text), out_type=str)
+    def encode(self, text):
+        """Return the ids of a text, ending in </s>."""
+        return self.split(text, int) + [EOS]
 
     def decode(self, ids):
-        """Ids (a list or a 1-D tensor) -> text, without padding, </s>, <unk> and ids that have no piece."""
-        return self.model.decode([i for i in map(int, ids) if 2 < i < len(self.pieces)])
+        """Return the text of ids (a list or a 1-D tensor), leaving out special tokens."""
+        return self.model.decode([i for i in map(int, ids) if UNK < i < len(self.pieces)])
 
     def save(self, folder):
-        """Put the vocabulary into a model's folder."""
-        shutil.copyfile(self.path, Path(folder) / "spiece.model")
-
-
-def whole_characters(text):
-    """The text with "?" for what is no character: a half of a surrogate pair, as JSON can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
+        """Copy the vocabulary into a model's folder."""
+        (Path(folder) / "spiece.model").write_bytes(self.path.read_bytes())
 
 def load_pretrained(name_or_dir, **options):
-    """A model (with from_pretrained's options) and its tokenizer. Raises InputError also where they do not fit."""
-    folder = hub_folder(name_or_dir)
-    model, tokenizer = T5.from_pretrained(folder, **options), Tokenizer(folder)
+    """Return a model (options: see T5.from_pretrained) and its tokenizer."""
+    tokenizer = Tokenizer(name_or_dir)
+    model = T5.from_pretrained(name_or_dir, **options)
     if len(tokenizer.pieces) > model.config.vocab_size:
-        raise InputError(
-            f"{folder}: spiece.model has {len(tokenizer.pieces)} pieces, the model only {model.config.vocab_size} ids"
-        )
+        raise UserError(f"{tokenizer.path}: {len(tokenizer.pieces)} pieces, but the model has only "
+                        f"{model.config.vocab_size} ids; copy the right one there")
     return model, tokenizer
 
+def pad_sequences(sequences, device="cpu"):
+    """Pad lists of ids on the right with 0: (B, longest)."""
+    batch = [torch.as_tensor(ids) for ids in sequences]
+    return nn.utils.rnn.pad_sequence(batch, batch_first=True).long().to(device)
 
-def pad(rows, device="cpu"):
-    """Lists of ids -> (B, longest) with 0 behind the shorter ones."""
-    batch = torch.full((len(rows), max(map(len, rows))), PAD)
-    for row, ids in zip(batch, rows):
-        row[: len(ids)] = torch.tensor(ids)
-    return batch.to(device)
+# --- two layers that are faster on a CPU than PyTorch's ---
 
+class Linear(nn.Linear):
+    """x W^T without a bias."""
+
+    packed_product = None  # a faster function of x, without gradients, set by packed_weights()
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        if self.packed_product and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+            return self.packed_product(x)
+        return super().forward(x)
+
+@contextlib.contextmanager
+def packed_weights(*modules):
+    """Context manager: prepack the fp32 weights of all Linear layers on an x86 CPU.
+
+    A matrix product first rearranges the weights. For the few rows of a decoding step that takes
+    longer than the product, so do it once for many steps. Do not change the weights inside.
+    """
+    layers = [x for module in modules for x in module.modules() if isinstance(x, Linear)]
+    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    for layer in layers if x86 and torch.backends.mkldnn.is_available() else []:
+        if layer.weight.is_cpu and layer.weight.dtype == torch.float32:
+            w = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+            multiply = torch.ops.mkldnn._linear_pointwise.default
+            layer.packed_product = lambda x, w=w: multiply(x, w, None, "none", [], "")
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.packed_product = None
+
+class Dropout(nn.Dropout):
+    """PyTorch's dropout, twice as fast on a CPU: 16 random bits per element in place of a double."""
+
+    def forward(self, x):
+        if not (self.training and self.p and x.is_cpu):
+            return super().forward(x)
+        dropped = round(self.p * 2**16)  # of the 2**16 values
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
+        return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+# --- the command ---
 
 def best_device():
-    """The device to use unless told otherwise: CUDA, Apple's MPS, or the CPU."""
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """Return the fastest device here: "cuda", Apple's "mps", or "cpu"."""
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else mps
 
+def in_range(kind, above=None, below=math.inf):
+    """Return an argparse type: a number of at least 0, or above `above`, and below `below`."""
 
-def existing_device(name):
-    """A type for argparse: a device that torch can use here."""
-    if name not in ("cpu", best_device()):
-        raise argparse.ArgumentTypeError(f"torch finds no {name} here")
-    return name
+    def number(text):  # argparse prints this name: "invalid number value"
+        value = kind(text)
+        if not 0 <= value < below or (above is not None and value <= above):
+            raise ValueError
+        return value
 
+    return number
+
+def run_command(main):
+    """Run a command's main(); print errors that the user can fix as one line, and exit with 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # the shell's status after Ctrl-C
+    except BrokenPipeError:  # for example `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # for example a full disk
+        name = error.filename or "writing a file"
+        sys.exit(f"error: {name}: {error.strerror or error}; fix this and run it again")
 
 def main():
-    """python t5.py MODEL "text": generate from one text."""
-    parser = argparse.ArgumentParser(description="Generate text with a T5 checkpoint.")
-    parser.add_argument("model", help="an HF-format folder or a hub name such as google/flan-t5-small")
-    parser.add_argument("text", help="the input, e.g. 'Q: What is 2 + 3? A:'")
-    parser.add_argument("--device", type=existing_device, default=best_device(), help="cpu, cuda or mps (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"],
-                        help="of the weights; float16 overflows in the larger models on a GPU")  # fmt: skip
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default)")
-    parser.add_argument("--num-samples", type=int, default=1, help="texts to draw when the temperature is above 0")
+    """Generate from one text: python t5.py MODEL "text"."""
+    parser = argparse.ArgumentParser(description="Generate text with a T5 checkpoint.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("model", help="folder or hub name such as google/flan-t5-small")
+    add("text", help="input, such as 'Q: What is 2 + 3? A:'")
+    add("--device", choices=["cpu", best_device()], default=best_device(), help="where to run")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
+    add("--max-new-tokens", type=in_range(int, above=0), default=256, help="longest output")
+    add("--temperature", type=in_range(float), default=0.0, help="0 decodes greedily")
+    add("--num-samples", type=in_range(int, above=0), default=1, help="number of outputs")
     args = parser.parse_args()
-    model, tokenizer = load_pretrained(args.model, device=args.device, dtype=getattr(torch, args.dtype))
-    ids = pad([tokenizer.encode(args.text)], args.device)
-    for row in model.generate(
-        ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, num_samples=args.num_samples
-    ):
-        print(tokenizer.decode(row))
-
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer = load_pretrained(args.model, device=args.device, dtype=dtype)
+    input_ids = pad_sequences([tokenizer.encode(args.text)], args.device)
+    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
+    for ids in model.generate(input_ids, num_samples=args.num_samples, **options):
+        print(tokenizer.decode(ids))
 
 if __name__ == "__main__":
     run_command(main)
