@@ -58,8 +58,7 @@ def align(teacher, student):
     """Align by the recursion above: O(L N). Training runs its fast twin, align_batch.
 
     teacher, student: the two token lists of one text, with spaces as " " or "▁".
-    Return for each student token the list of teacher tokens (their indices) aligned with it.
-    """
+    Return for each student token the list of teacher tokens (their indices) aligned with it."""
     L, N = len(teacher), len(student)
     if not L or not N:
         return [[] for _ in student]
@@ -115,8 +114,7 @@ def char_to_token(tokens):
 def normalize(token):
     """Return the characters that a token adds to the text: NFKC, runs of whitespace as one space.
 
-    A token that holds only part of a UTF-8 character (also written as U+FFFD) adds nothing.
-    """
+    A token that holds only part of a UTF-8 character (also written as U+FFFD) adds nothing."""
     if match := BYTES.fullmatch(token):
         space, escaped, byte = match.groups()
         raw = bytes.fromhex(byte or re.sub(r"\\+x", "", escaped))
@@ -131,8 +129,7 @@ def matching_blocks(s, t):
     """Return (a, b, size) for the parts s[a : a + size] = t[b : b + size] of two similar texts.
 
     The sequence matcher takes quadratic time, so it sees only what lies between the first and the
-    last difference.
-    """
+    last difference."""
     before = len(os.path.commonprefix([s, t]))
     after = len(os.path.commonprefix([s[before:][::-1], t[before:][::-1]]))
     s_end, t_end = len(s) - after, len(t) - after
@@ -149,8 +146,7 @@ def align_batch(pairs):
     collects them all. Between two such cells, (i, j) and the next (i', j'), nothing is gained, so
     the traceback from (i', j') runs along the diagonal until it meets row i or column j. A student
     token c with j <= c < j' therefore ends at the teacher token max(i, i' - (j' - c)). The path's
-    first and last cell complete the list.
-    """
+    first and last cell complete the list."""
     return [align_in_closed_form(*pair) if all(pair) else [[] for _ in pair[1]] for pair in pairs]
 
 def align_in_closed_form(teacher, student):
@@ -174,8 +170,7 @@ def one_to_one(teacher, student, aligned):
 
     Two tokens are one-to-one if they write the same visible characters and no other aligned teacher
     token writes any of them. Whitespace does not count: T5 merges a newline into the next token as
-    a space, and many teachers merge it into the token before, as in ".\\n".
-    """
+    a space, and many teachers merge it into the token before, as in ".\\n"."""
     partners = []
     for piece, indices in zip(student, aligned):
         new_word = piece.startswith(WORD_BOUNDARY)
@@ -203,8 +198,7 @@ def transfer(steps, student, vocab, k=5, aligned=None):
     probability for it.
     Return ids (N, k) int32 and probs (N, k) float32, most probable first, unused slots 0. Each row
     contains the student's own token and sums to at most 1. Raises ValueError for a probability
-    outside [0, 1].
-    """
+    outside [0, 1]."""
     index = vocab if isinstance(vocab, dict) else {piece: i for i, piece in enumerate(vocab)}
     teacher = [token for token, _ in steps]
     if aligned is None:

@@ -42,8 +42,7 @@ class Problem:
     """A question with its gold answer, a float if numeric, otherwise text.
 
     solution: the reference reasoning, if any, without calculator marks and final-answer line.
-    written: the answer as published (it may contain commas), for the authors' scoring rule.
-    """
+    written: the answer as published (it may contain commas), for the authors' scoring rule."""
 
     question: str
     answer: float | str
@@ -73,8 +72,7 @@ def parse_multiarith(entry):
 def parse_asdiv(node):
     """Parse a problem of ASDiv: body and question, and an answer such as `9 (apples)`.
 
-    Of the 2,305 answers 212 are not one number (names, times, ratios, lists). They stay text.
-    """
+    Of the 2,305 answers 212 are not one number (names, times, ratios, lists). They stay text."""
     body, question, answer = (node.findtext(tag).strip() for tag in ("Body", "Question", "Answer"))
     return Problem(f"{body} {question}", parse_gold_answer(re.sub(r"\s+\([^()]*\)", "", answer)))
 
@@ -101,8 +99,7 @@ class Dataset:
 
     No set has an official validation part: `validation` problems (at most half) are drawn for it.
     validate: evaluate that part at every checkpoint.
-    select: count it in the choice of the checkpoint.
-    """
+    select: count it in the choice of the checkpoint."""
 
     name: str
     file: str
@@ -154,12 +151,12 @@ def bbh_tasks(folder):
     found = {path.stem for path in Path(folder).glob("bbh/bbh/[!.]*.json")}
     return sorted(found) if found - set(BBH_TASKS) else BBH_TASKS
 
-def display_name(task, folder):
-    """Return the name of a task for people, so that nobody takes the toy world for real sets."""
+def display_name(task, folder, cot=True):
+    """Return a task's name for people, so that nobody takes the toy world for the real sets."""
     is_toy = Path(folder).resolve() == TOY
-    if task in DATASETS:
-        return "toy-" * is_toy + DATASETS[task].name
-    return {"bbh": "generic" if is_toy else "BBH"}.get(task, task)
+    if task == "bbh":
+        return f"{'generic' if is_toy else 'BBH'} {'CoT' if cot else 'answer-only'}"
+    return "toy-" * is_toy + DATASETS[task].name
 
 def data_file(folder, name):
     """Return the path of a file in the data folder, after downloading it if it is missing."""
@@ -176,15 +173,13 @@ def load(task, split="test", folder=DEFAULT_DATA):
 
     split: "train" (only GSM8K has one), "validation", "test" or "all". Validation and test parts
     are drawn with a fixed seed and are in random order, so that the first n are a sample. A BBH
-    task has only a test part. Raises UserError naming the file and the problem.
-    """
-    known = {"gsm8k": ("train", "validation", "test", "all")}
-    known |= {name: ("validation", "test", "all") for name in DATASETS if name != "gsm8k"}
-    known |= {name: ("test", "all") for name in bbh_tasks(folder)}
-    if task not in known:
-        raise UserError(f"no task {task!r}; choose from {', '.join(known)}")
-    if split not in known[task]:
-        raise UserError(f"{task} has no {split!r} part; choose from {', '.join(known[task])}")
+    task has only a test part. Raises UserError naming the file and the problem."""
+    if task not in DATASETS and task not in bbh_tasks(folder):
+        raise UserError(f"no task {task!r}; choose from {', '.join([*DATASETS, *bbh_tasks(folder)])}")
+    parts = ("validation", "test", "all") if task in DATASETS else ("test", "all")
+    parts += ("train",) if task == "gsm8k" else ()
+    if split not in parts:
+        raise UserError(f"{task} has no {split!r} part; choose from {', '.join(parts)}")
     if task not in DATASETS:
         return read_problems(data_file(folder, f"bbh/bbh/{task}.json"), parse_bbh)
     dataset = DATASETS[task]
@@ -197,6 +192,8 @@ def load(task, split="test", folder=DEFAULT_DATA):
     size = min(dataset.validation, len(problems) // 2)
     return problems[:size] if split == "validation" else problems[size:]
 
+BAD_DATA = OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+
 def read_problems(path, parse):
     """Read a file of problems (.jsonl, .json or .xml). Raises UserError naming file and problem."""
     problems = []
@@ -206,8 +203,7 @@ def read_problems(path, parse):
         if not problems:
             raise ValueError("it contains no problem")
         return problems
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
-            ElementTree.ParseError) as error:
+    except (*BAD_DATA, ElementTree.ParseError) as error:
         fault = f"no key {error}" if isinstance(error, KeyError) else error
         unit = "line" if Path(path).suffix == ".jsonl" else "problem"
         raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; fix the file, or delete it "
@@ -309,8 +305,7 @@ def authors_match(output, answer, is_math, cot):
     """Score an output by the rules behind the paper's figures; answer is a text.
 
     Math: the last run of digits of either, so signs do not count and "1,080" is read as 80. BBH:
-    the answer occurs anywhere after "the answer is", or anywhere in an answer-only output.
-    """
+    the answer occurs anywhere after "the answer is", or anywhere in an answer-only output."""
     if is_math:
         predicted, target = (re.findall(r"\d*\.?\d+", text) for text in (output, answer))
         return bool(predicted and target) and float(predicted[-1]) == float(target[-1])
@@ -331,8 +326,7 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
 
     prompt: a function from question to input (default: zero-shot math).
     file: a PredictionFile; outputs already in it are re-scored but not generated again.
-    Return an Evaluation with the predictions in the order of the problems.
-    """
+    Return an Evaluation with the predictions in the order of the problems."""
     if not problems:
         raise UserError(f"{task}: no problem to evaluate; raise --limit")
     prompt = prompt or functools.partial(math_prompt, cot=cot)
@@ -410,8 +404,7 @@ def summarize(predictions, rule="correct", baseline=None):
 
     rule: "correct" or "correct_by_authors".
     baseline: another model's predictions on the same problems. Then the accuracy is the difference
-    to them and the standard error that of paired differences.
-    """
+    to them and the standard error that of paired differences."""
     scores = {}
     for prediction, other in zip(predictions, baseline or itertools.repeat({rule: 0})):
         scores.setdefault(prediction["task"], []).append(prediction[rule] - other[rule])
@@ -426,8 +419,7 @@ def calculator(tokenizer):
     """Return a logits processor that makes the model write the value after "48 / 2 =".
 
     Cobbe et al., 2021 (arXiv 2110.14168) trained with a calculator; here it only helps decoding. If
-    the text before "=" is not clearly arithmetic, the model is left alone.
-    """
+    the text before "=" is not clearly arithmetic, the model is left alone."""
     equals = {i for i, piece in enumerate(tokenizer.pieces) if piece.endswith("=")}
     points = {i for i, piece in enumerate(tokenizer.pieces) if piece in (".", ",")}
     digits = [i for i, piece in enumerate(tokenizer.pieces) if re.match(r"[.,]?\d", piece)]
@@ -455,20 +447,21 @@ def calculator(tokenizer):
 
 def compute(text):
     """Return the value of the arithmetic before a final "=", as text, or None if in doubt."""
-    text = text.removesuffix("=").rstrip()
-    found = re.search(r"(?:[\d\s.,+*/()$-]|(?<=\d)x(?=\d)|(?<=\s)x(?=\s))+$", text[-100:])
-    expression = re.split(r"[.,]\s+", found[0])[-1].strip() if found else ""  # drop a sentence
-    before = text[: len(text) - len(expression)].rstrip(" ")
-    unclear = r"[+*/x]|- |.*(?:\d\s*\(|\)\s*\d|\)\s*\(|\*\*|//|\d\s+\d)"  # or an operator missing
-    if re.search(r"[^\s.,:]$", before) and re.search(r"[^a-z]$|[^\sa-z]| of$|\dx$", before[-3:]):
+    text = text.removesuffix("=").rstrip()[-101:]
+    # Digits, operators and brackets up to the end, beginning with a word; an x only as operator.
+    symbol = r"(?:[\d\s.,+*/()$-]|(?<=\d)x(?=\d)|(?<=\s)x(?=\s))"
+    found = re.search(rf"(?:^|(?<=\s))[\d$(.-]{symbol}*$", text)
+    if not found or len(found[0]) > 100 or re.search(r"( of|\dx)\s$", text[: found.start()]):
         return None
-    if re.match(unclear, expression) or not re.search(r"[\d)]\s*[-+*/x]", expression):
+    expression = re.split(r"[.,]\s+", found[0])[-1]  # drop the end of a sentence
+    unclear = re.search(r"^[+*/x]|^- |\d\s*\(|\)\s*[\d(]|\d\s+\d|\*\*|//", expression)
+    if unclear or not re.search(r"[\d)]\s*[-+*/x]", expression):
         return None
     try:  # only digits, operators and brackets are left
         value = eval(expression.translate(str.maketrans("x", "*", "$,")), {"__builtins__": {}})
-    except (SyntaxError, ZeroDivisionError, OverflowError, TypeError, MemoryError):
+        digits = f"{value:.4f}".rstrip("0").rstrip(".")
+    except (SyntaxError, ZeroDivisionError, OverflowError, TypeError, ValueError, MemoryError):
         return None
-    digits = f"{value:.4f}".rstrip("0").rstrip(".")
     return None if value and float(digits) == 0 else "$" * ("$" in expression) + digits
 
 # --- predictions, tables ---
@@ -478,8 +471,7 @@ class PredictionFile:
 
     Each line records the model's name and the settings that affect its output (weights, decoding).
     A line is reused only if task, prompt, model and settings are the same, so one file can hold
-    several models. A line cut short by an interruption is ignored.
-    """
+    several models. A line cut short by an interruption is ignored."""
 
     def __init__(self, path, model, **settings):
         self.path = Path(path)
@@ -507,7 +499,7 @@ def read_predictions(path):
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; `eval.py MODEL --out {path}` writes one") from None
+        raise UserError(f"{path}: {error.strerror}; eval.py MODEL --out writes one") from None
     for number, line in enumerate(lines, 1):
         try:
             prediction = json.loads(line)
@@ -524,20 +516,19 @@ def read_predictions(path):
 
 def table(columns, rows):
     """Format a table: column names, then rows (name, [Evaluation or None]) in percent."""
-    cells = [[f"{100 * e.accuracy:.1f} ± {100 * e.stderr:.1f}" if e else "-" for e in entries]
-             for _, entries in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
-    names = ["accuracy, %", *(name for name, _ in rows)]
-    lines = [f"{name:<{max(map(len, names))}}" + "".join(f"  {x:>{w}}" for x, w in zip(line, widths))
-             for name, line in zip(names, [columns, *cells])]
-    return "\n".join(lines)
+    lines = [["accuracy, %", *columns]]
+    for name, entries in rows:
+        lines.append([name, *("-" if e is None else f"{100 * e.accuracy:.1f} ± {100 * e.stderr:.1f}"
+                              for e in entries)])
+    first, *widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(f"{name:<{first}}" + "".join(f"  {x:>{n}}" for x, n in zip(cells, widths))
+                     for name, *cells in lines)
 
 def compare(tasks, models):
     """Format a table with a row per task and a column per model, {model: [Evaluation per task]}.
 
     Each model but the first also has a column with its paired difference to the first. The rows
-    follow twice: by exact match, then by the authors' rules, with what these change.
-    """
+    follow twice: by exact match, then by the authors' rules, with what these change."""
     baseline, *others = models.values()
     columns, rows = list(models) + [f"{name} - first" for name in list(models)[1:]], []
     for rule, suffix in (("correct", ""), ("correct_by_authors", ", authors' rule")):
@@ -585,8 +576,7 @@ def log_linear_fit(parameters, accuracies):
 def scaling_plot(path, points):
     """Plot accuracy against model size, with the log-linear fit.
 
-    points: {task: [(parameters, accuracy, standard error) per model]}, at least two sizes.
-    """
+    points: {task: [(parameters, accuracy, standard error) per model]}, at least two sizes."""
     if any(len({size for size, _, _ in models}) < 2 for models in points.values()):
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
     figure, axes = new_figure("parameters", "accuracy (%)")
@@ -594,8 +584,9 @@ def scaling_plot(path, points):
         sizes, accuracies, stderrs = (np.array(column) for column in zip(*sorted(models)))
         slope, intercept = log_linear_fit(sizes, 100 * accuracies)
         label = f"{task}: {slope:+.1f} points per factor of 10"
-        drawn = axes.errorbar(sizes, 100 * accuracies, 100 * stderrs, fmt="o", capsize=3, label=label)
-        axes.plot(sizes, intercept + slope * np.log10(sizes), "--", color=drawn[0].get_color())
+        style = dict(fmt="o", capsize=3, label=label)
+        dots, *_ = axes.errorbar(sizes, 100 * accuracies, 100 * stderrs, **style)
+        axes.plot(sizes, intercept + slope * np.log10(sizes), "--", color=dots.get_color())
     axes.set_xscale("log")
     save_figure(figure, axes, path)
 
@@ -617,16 +608,16 @@ def read_log(path):
     """Read a run's log.jsonl as a list of dicts, without a last line that was cut short."""
     entries = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        for line in lines[:-1]:
-            entries.append(json.loads(line))
-            entries[-1]["step"] + 0
+        for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
+            entry = json.loads(line)
+            entry["step"] + 0
+            entries.append(entry)
         return entries
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; specialize.py writes runs/NAME/log.jsonl") from None
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        where = f"{path}, line {max(1, len(entries))}"
-        raise UserError(f"{where}: not an entry of a log ({error}); delete this line") from None
+        raise UserError(f"{path}: {error.strerror}; choose the log.jsonl of a run") from None
+    except BAD_DATA as error:
+        raise UserError(f"{path}, line {len(entries) + 1}: not an entry of a log ({error}); delete "
+                        "this line") from None
 
 def new_figure(xlabel, ylabel):
     """Return an empty figure and its axes. Raises UserError if matplotlib is missing."""
@@ -671,7 +662,7 @@ def parse_arguments():
     add("--out", type=Path, default=Path("runs/predictions.jsonl"), help="file of predictions; those"
         " in it are not generated again")
     add("--show", type=in_range(int), metavar="N", help="show N right and N wrong predictions per "
-        "task of the files MODEL ..., and exit")
+        "task of the files given as MODEL, and exit")
     add("--plot", type=Path, metavar="PICTURE", help="plot accuracy against model size, or the "
         "validation accuracies of one log.jsonl, given as MODEL")
     add("--device", choices=["cpu", best_device()], default=best_device(), help="where to run")

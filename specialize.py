@@ -1,13 +1,13 @@
 """Specialize a small language model towards multi-step reasoning (Fu et al., ICML 2023).
 
 Data flow in one direction: teacher record -> alignment -> training example -> batch -> loss ->
-checkpoint -> accuracy. The method comes first, in this order; what makes runs safe and convenient
-follows from "Checking teacher records" on. The model is in t5.py, the alignment in align.py, problems
-and accuracies in eval.py.
+checkpoint -> accuracy. The method comes first, in this order. What follows from "checking teacher
+records" on makes runs safe and convenient. The model is in t5.py, the alignment in align.py,
+problems and accuracies in eval.py.
 
-    python specialize.py                                            a toy world, minutes on a CPU
-    python specialize.py --size base --teacher teacher.jsonl.gz     FlanT5-base on one GPU
-    python specialize.py --size base --teacher teacher.jsonl.gz --resume    after an interruption
+    python specialize.py                                        a toy world, minutes on a CPU
+    python specialize.py --size base --teacher teacher.jsonl.gz            FlanT5 on one GPU
+    python specialize.py --size base --teacher teacher.jsonl.gz --resume   continue a run
 
 Letters: B batch, S source length, T target length, V vocabulary, K entries of a teacher row.
 """
@@ -27,6 +27,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass, replace
@@ -47,23 +48,19 @@ import torch.nn.functional as F
 
 @dataclass
 class Record:
-    """One solution of the teacher.
+    """One solution of the teacher, in problem.solution, with the question and its gold answer.
 
-    problem: the question, its gold answer, and the teacher's solution.
-    steps: for each token of the solution (token, {candidate: probability}) with the teacher's most
-    probable candidates, or None if it reported none.
-    source: the file and line it comes from, for messages.
-    """
+    steps: per token of the solution (token, {candidate: probability}), or None if not reported.
+    source: the file and line it comes from, for messages."""
 
     problem: Problem
     steps: list | None
     source: str
 
 def read_teacher(path):
-    """Yield the Records of a file (.jsonl or .jsonl.gz, one solution per line; see data/README.md).
+    """Yield the Records of a .jsonl or .jsonl.gz file, one solution per line (see data/README.md).
 
-    Raises UserError naming file and line.
-    """
+    Raises UserError naming file and line."""
     path, number = Path(path), 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -95,9 +92,8 @@ SHOTS = 4  # demonstrations in context
 class Example:
     """A training example; the demonstrations of in-context formats are drawn anew each epoch.
 
-    labels: (T,) ids of the target, ending in </s>.
-    teacher_ids, teacher_probs: (T, K) the teacher's distributions, or None for likelihood.
-    """
+    labels (T,): the ids of the target, ending in </s>.
+    teacher_ids, teacher_probs (T, K): the teacher's distributions, or None for likelihood."""
 
     format: str
     problem: Problem
@@ -110,43 +106,41 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5):
     """Turn the records with right answers into examples; also return a one-line summary.
 
     Chain-of-thought formats yield one example per solution, with the teacher's distributions if it
-    reported any and the loss needs them. Answer-only formats yield one example per question.
-    """
+    reported any and the loss needs them. Answer-only formats yield one example per question."""
     vocab = {piece: i for i, piece in enumerate(tokenizer.pieces)}
-    examples, first_of_question, count, last = [], {}, collections.Counter(), None
+    examples, first_record, count = [], {}, collections.Counter()
     for record in records:
-        count["read"], last = count["read"] + 1, record
+        count["read"] += 1
         if not exact_match(record.problem.solution, record.problem.answer):
+            wrong = record
             continue
         count["right"] += 1
-        first_of_question.setdefault(record.problem.question, record)
+        first_record.setdefault(record.problem.question, record)
         text = target_text(record.problem)
         labels = np.array(tokenizer.encode(text), np.int32)  # (T,)
         ids = probs = None
         if record.steps and loss != "nll":
-            steps = record.steps
-            if appended := text.removeprefix(record.problem.solution):
-                steps = [*steps, (appended, {})]  # "The answer is": not the teacher's words
+            added = text.removeprefix(record.problem.solution)  # "The answer is": not the teacher's
+            steps = record.steps + ([(added, {})] if added else [])
             ids, probs = transfer(steps, tokenizer.split(text), vocab, k)  # (T - 1, K)
             ids = np.vstack([ids, np.eye(1, k, dtype=np.int32) * EOS])  # </s> is certain
             probs = np.vstack([probs, np.eye(1, k, dtype=np.float32)])
             count["tokens"] += len(labels)
-            count["distributions"] += int((probs[:, 1] > 0).sum())
+            count["several"] += int((probs[:, 1] > 0).sum())
         examples += [Example(name, record.problem, labels, ids, probs, record.source)
                      for name in formats if FORMATS[name][0]]
     if not count["right"]:
-        found = extract_number(last.problem.solution) if last else None
+        last = f"; {wrong.source} does not end in {wrong.problem.answer}" if count["read"] else ""
         raise UserError(f"none of {count['read']:,} teacher solutions ends in its gold answer"
-                        + (f" ({last.source}: {found}, gold: {last.problem.answer})" if last else "")
-                        + "; choose another --teacher")
-    for record in first_of_question.values():
+                        f"{last}; choose another --teacher")
+    for record in first_record.values():
         labels = np.array(tokenizer.encode(math_target(record.problem, cot=False)), np.int32)
         examples += [Example(name, record.problem, labels, None, None, record.source)
                      for name in formats if not FORMATS[name][0]]
     summary = f"{count['right']:,} of {count['read']:,} solutions are right"
-    if count["tokens"] and any(FORMATS[name][0] for name in formats):
-        share = count["distributions"] / count["tokens"]
-        summary += f"; {share:.1%} of their tokens carry a distribution of the teacher"
+    if count["tokens"]:
+        share = count["several"] / count["tokens"]
+        summary += f"; {share:.1%} of their tokens have several candidates of the teacher"
     return examples, summary
 
 def target_text(problem):
@@ -157,13 +151,11 @@ def target_text(problem):
 # --- batches ---
 
 def make_batches(examples, pool, encode, micro_batch_sizes, seed, epoch):
-    """Return the micro-batches of an epoch in random order, each a list of (example,
-    demonstrations).
+    """Return an epoch's micro-batches in random order, each a list of (example, demonstrations).
 
     A micro-batch holds micro_batch_sizes[format] examples of one format. To limit padding, the
     shuffled examples are sorted by target length within windows of 64 micro-batches, then by total
-    length within windows of 8. Demonstrations come from pool and are never the question itself.
-    """
+    length within windows of 8. Demonstrations come from pool and are never the question itself."""
     rng = random.Random(f"{seed}, {epoch}")
 
     def demonstrations(example):
@@ -193,18 +185,16 @@ def sort_in_windows(items, size, key):
 def encode_prompt(example, demonstrations, encode):
     """Return the ids (S,) of an example's input.
 
-    Its parts are encoded separately, and cached; this is safe because T5 pieces never span a space.
-    """
+    Its parts are encoded, and cached, one by one: T5 pieces never span a space."""
     cot, _ = FORMATS[example.format]
-    parts = [encode(math_demonstration(shot, cot))[:-1] for shot in demonstrations]  # without </s>
+    parts = [encode(math_demonstration(shot, cot))[:-1] for shot in demonstrations]  # no </s>
     return np.concatenate([*parts, encode(math_prompt(example.problem.question, cot))])
 
 def collate(pairs, encode, device):
     """Turn [(example, demonstrations)] of one format into a dict of tensors.
 
-    input_ids (B, S); labels, decoder_input_ids and loss_mask (B, T); if an example has the
-    teacher's distributions, also teacher_ids and teacher_probs (B, T, K).
-    """
+    input_ids (B, S); labels, decoder_input_ids, loss_mask (B, T); with the teacher's distributions
+    also teacher_ids and teacher_probs (B, T, K)."""
     input_ids = pad_sequences([encode_prompt(*pair, encode) for pair in pairs])
     labels = pad_sequences([example.labels for example, _ in pairs])
     batch = {
@@ -231,17 +221,14 @@ def kl_loss(logits, ids, probs, mask):
     """Distribution matching: the mean over tokens of KL(p || q) = sum_i p_i (log p_i - log q_i).
 
     logits (B, T, V) give the student's q. ids, probs (B, T, K): the teacher's most probable tokens,
-    unused slots with probability 0. mask (B, T): True for tokens that count.
-    All other tokens have p_i = 0, so K entries of q suffice, and no (B, T, V) tensor of the teacher
-    is built. If the K probabilities sum to m < 1, the minimum is m log m rather than 0.
-    """
+    unused slots with probability 0. mask (B, T): True for tokens that count. All other p_i are 0,
+    so K entries of q suffice, and no (B, T, V) tensor of the teacher is built. If the K
+    probabilities sum to m < 1, the minimum is m log m rather than 0."""
     return SparseKL.apply(logits, ids.long(), probs, mask / mask.sum())
 
 def nll_loss(logits, targets, mask):
     """Sample matching: the mean over tokens of -log q(target), the KL to a one-hot teacher.
-
-    logits (B, T, V), targets (B, T), mask (B, T).
-    """
+    logits (B, T, V), targets (B, T), mask (B, T)."""
     targets = targets.unsqueeze(-1)
     return kl_loss(logits, targets, torch.ones_like(targets, dtype=torch.float32), mask)
 
@@ -250,8 +237,7 @@ class SparseKL(torch.autograd.Function):
 
     With m = sum_i p_i, the gradient is dKL/dz_v = m q_v - p_v. A hand-written backward needs only
     one fp32 tensor of z's shape: q is overwritten in place to become the gradient. Autograd would
-    keep three. (Hence once_differentiable: backward can run only once.)
-    """
+    keep three. (Hence once_differentiable: backward can run only once.)"""
 
     @staticmethod
     def forward(ctx, z, ids, p, weight):
@@ -284,27 +270,20 @@ def batch_loss(model, batch, loss):
     logits = model(batch["input_ids"], batch["input_ids"] != PAD, batch["decoder_input_ids"])
     return LOSSES[loss if "teacher_ids" in batch else "nll"](logits, batch)
 
-def min_kl(examples):
-    """Return the minimum possible KL per token, m log m on average, in nats."""
-    probs = [example.teacher_probs for example in examples if example.teacher_probs is not None]
-    m = np.concatenate([p.sum(axis=1) for p in probs] or [np.ones(1)])
-    return float((m * np.log(m)).mean())
-
 # --- the loop ---
 
 def get_lr(step, steps, peak, warmup):
     """Return the learning rate of step 0, 1, .. steps - 1: warm-up, then half a cosine to 0."""
-    return peak * min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return peak * cosine * min(1.0, (step + 1) / max(1, warmup))
 
 def train(model, tokenizer, examples, pool, args, run, measure=None):
     """Train a model, save and evaluate checkpoints, and return the best one's log entry.
 
     pool: the problems that demonstrations are drawn from.
-    run: the folder of the log and the checkpoints. With args.resume training continues from the
-    last checkpoint, bit for bit.
+    run: the folder of log and checkpoints; with args.resume continue from the last, bit for bit.
     measure(model, tokenizer, args) -> dict evaluates a checkpoint (default: validate).
-    Raises UserError if a loss or gradient is not finite, KeyboardInterrupt after Ctrl-C.
-    """
+    Raises UserError if a loss or gradient is not finite, KeyboardInterrupt after Ctrl-C."""
     encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
     sizes = dict(zip(FORMATS, args.micro_batch_size))
     per_format = collections.Counter(example.format for example in examples)
@@ -317,14 +296,14 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
     step = start = load_checkpoint(run, model, optimizer) if args.resume else 0
     log = TrainingLog(run / "log.jsonl", start, steps, args)
-    with CtrlC() as ctrl_c:
+    with stop_after_step() as stop:
         while True:
-            # Evaluate the checkpoint just saved, and delete all but the best and the last.
+            # Evaluate the checkpoint just saved.
             due = step > 0 and (step % args.checkpoint_every == 0 or step == steps)
-            if due and step not in log.evaluations:
-                with ctrl_c.at_once():
-                    log.evaluation({"step": step} | (measure or validate)(model, tokenizer, args))
-                prune_checkpoints(run, keep=[step, best_checkpoint(log.evaluations)["step"]])
+            if due and step not in log.evaluations and not stop.is_set():
+                log.evaluation({"step": step} | (measure or validate)(model, tokenizer, args))
+            if stop.is_set():
+                raise KeyboardInterrupt
             if step == steps:
                 return best_checkpoint(log.evaluations)
 
@@ -349,27 +328,26 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
                 losses.append(loss.detach())
                 log.micro_batch(batch, losses[-1])
 
-            # Clip the gradients and update the weights.
+            # Clip the gradients, update the weights, and save.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             check_finite(torch.stack(losses), norm, micro_batches, step + 1, run)
             optimizer_step(optimizer)
             optimizer.zero_grad()
             step += 1
             log.step(step, lr)
-            if ctrl_c.requested or step % args.checkpoint_every == 0 or step == steps:
+            if stop.is_set() or step % args.checkpoint_every == 0 or step == steps:
                 save_checkpoint(run, step, model, optimizer, tokenizer)
-            if ctrl_c.requested:
-                raise KeyboardInterrupt
+                best = [best_checkpoint(log.evaluations)["step"]] if log.evaluations else []
+                prune_checkpoints(run, keep=[step, *best])
 
 # --- model selection ---
 
 def validate(model, tokenizer, args):
-    """Evaluate on the validation parts, zero-shot chain of thought: {"validation": {math set:
-    [accuracy, standard error]}}."""
+    """Evaluate zero-shot chain of thought: {"validation": {math set: [accuracy, stderr]}}."""
     result = {}
-    for task in (task for task, dataset in DATASETS.items() if dataset.validate):
-        found = evaluate_with(args, model, tokenizer, task, True, "validation", args.validation_limit)
-        result[task] = [round(found.accuracy, 5), round(found.stderr, 5)]
+    for task in [task for task, dataset in DATASETS.items() if dataset.validate]:
+        e = evaluate_with(args, model, tokenizer, task, True, "validation", args.validation_limit)
+        result[task] = [round(e.accuracy, 5), round(e.stderr, 5)]
     return {"validation": result}
 
 def ood_accuracy(entry):
@@ -382,16 +360,15 @@ def best_checkpoint(evaluations):
     """Return the log entry of the best checkpoint; ties go to the latest step."""
     return max(evaluations.values(), key=lambda entry: (ood_accuracy(entry), entry["step"]))
 
-# --- from here on: what makes runs safe and convenient. Checking teacher records ---
+# --- from here on, what makes runs safe and convenient: checking teacher records ---
 
-MAX_LINE, MAX_TEXT, MAX_TOKENS = 2**24, 2**15, 2**12  # bytes, characters, tokens: far above real ones
+# Bytes per line, characters per text and tokens per solution: far more than real ones have.
+MAX_LINE, MAX_TEXT, MAX_TOKENS = 2**24, 2**15, 2**12
 ROUNDING = 0.001  # reported probabilities may exceed their limits by this much
 
 def parse_record(record, source):
-    """Check one line of a teacher file and return it as a Record.
-
-    Raises KeyError, TypeError, ValueError or AttributeError.
-    """
+    """Check one line of a teacher file; return it as a Record. Raises KeyError, TypeError,
+    ValueError or AttributeError."""
     check_type(record, dict, "a record")
     answer = str(check_type(record["answer"], (str, int, float), "answer"))
     question, solution = record["question"], record["solution"]
@@ -403,8 +380,7 @@ def parse_record(record, source):
         tokens = check_type(record["tokens"], list, "tokens")
         tops = check_type(record["top_logprobs"], list, "top_logprobs")
         if len(tokens) != len(tops) or len(tokens) > MAX_TOKENS:
-            raise ValueError(f"{len(tokens):,} tokens and {len(tops):,} top_logprobs; at most "
-                             f"{MAX_TOKENS:,} of each, and equally many")
+            raise ValueError(f"{len(tokens):,} tokens but {len(tops):,} top_logprobs, or too many")
         steps = [(check_type(token, str, "a token"), parse_distribution(token, top or {}))
                  for token, top in zip(tokens, tops)]
         is_split = any(BYTES.fullmatch(token) or "\ufffd" in token for token in tokens)
@@ -439,8 +415,8 @@ def check_finite(losses, norm, micro_batches, step, run):
     sources = sorted({example.source for pairs in bad or micro_batches for example, _ in pairs})
     raise UserError(
         f"step {step}: the {'loss' if bad else 'gradient'} is not finite. Batch: "
-        f"{'; '.join(sources)}. Last good checkpoint: {last_checkpoint(run)}. Resuming would hit the "
-        "same batch: remove these records, or restart with a lower --learning-rate or with "
+        f"{'; '.join(sources)}. Last good checkpoint: {last_checkpoint(run)}. Resuming would hit "
+        "the same batch: remove these records, or restart with a lower --learning-rate or with "
         "--precision fp32")
 
 # --- optimizer and precision ---
@@ -454,11 +430,9 @@ def weights_dtype(args):
     return torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
 
 def make_optimizer(parameters, name, weight_decay):
-    """Return AdamW, the paper's optimizer, or Adafactor (Shazeer and Stern, 2018, arXiv 1804.04235).
-
-    Adafactor keeps only row and column means of the second moments, and its learning rate is
-    relative to the root mean square of each matrix.
-    """
+    """Return AdamW, the paper's, or Adafactor (Shazeer and Stern, 2018, arXiv 1804.04235), which
+    keeps only row and column means of the second moments. Adafactor's learning rate is relative to
+    the root mean square of each matrix."""
     if name == "adafactor":
         return torch.optim.Adafactor(parameters, weight_decay=weight_decay)
     return torch.optim.AdamW(parameters, weight_decay=weight_decay, fused=True)
@@ -468,8 +442,7 @@ def optimizer_step(optimizer):
     """Update the weights; bf16 weights are updated in fp32, one parameter at a time.
 
     bf16 has 8 significant bits, so rounding to nearest would drop every change below 0.2% of a
-    weight, which is most of them. With stochastic rounding small changes add up.
-    """
+    weight, which is most of them. With stochastic rounding small changes add up."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if parameters[0].dtype == torch.float32:
         return optimizer.step()
@@ -484,7 +457,7 @@ def optimizer_step(optimizer):
             p.data, p.grad = weight, None
 
 def stochastic_round(x):
-    """Round fp32 to bf16: keep the upper 16 bits, and round up with probability lower bits / 2**16."""
+    """Round fp32 to bf16: keep the upper 16 bits, up with probability (lower 16 bits) / 2**16."""
     bits = x.view(torch.int32)
     bits = (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16)
     return bits.view(torch.float32).bfloat16()
@@ -502,13 +475,12 @@ def find_run(args):
         try:
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: not a JSON object ({error}); start again with another "
-                            "--name") from None
-        free = ("log_every", "test_limit", "skip_bbh")  # these may differ
-        changed = [f"--{key.replace('_', '-')} {before.get(key)}" for key, value in recorded(args).items()
-                   if before.get(key) != value and key not in free]
+            raise UserError(f"{path}: not an object ({error}); start with another --name") from None
+        changed = [f"--{key.replace('_', '-')} {before.get(key)}"
+                   for key, value in recorded(args).items() if before.get(key) != value
+                   and key not in ("log_every", "test_limit", "skip_bbh")]  # these may differ
         if changed:
-            raise UserError(f"{run} was started with other arguments; resume it with "
+            raise UserError(f"{run} started with other arguments; resume it with "
                             f"{', '.join(changed)}")
     elif args.name and path.exists():
         raise UserError(f"{run} exists; continue it with --resume, or choose another --name")
@@ -537,10 +509,9 @@ def fsync(path):
         os.close(descriptor)
 
 class TrainingLog:
-    """Report progress: every few steps, print a line and append it to log.jsonl.
+    """Report progress on the screen and in log.jsonl.
 
-    evaluations: {step: log entry with "validation"}.
-    """
+    evaluations: {step: log entry with "validation"}."""
 
     def __init__(self, path, start, steps, args):
         self.path, self.start, self.steps, self.args = path, start, steps, args
@@ -564,12 +535,12 @@ class TrainingLog:
         self.losses = {}
         now = time.time()
         self.seconds, self.since = self.seconds + now - self.since, now
-        speed = self.tokens / self.seconds
+        speed = round(self.tokens / self.seconds)
         minutes = self.seconds / (step - self.start) * (self.steps - step) / 60
         losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        print(f"step {step}/{self.steps}  {losses}  lr {lr:.2e}  {speed:,.0f} tokens/s  "
+        print(f"step {step}/{self.steps}  {losses}  lr {lr:.2e}  {speed:,} tokens/s  "
               f"{minutes:.1f} min left", flush=True)
-        self.write({"step": step, "learning_rate": lr, "tokens_per_second": round(speed), **means})
+        self.write({"step": step, "learning_rate": lr, "tokens_per_second": speed, **means})
 
     def evaluation(self, entry):
         """Report the evaluation of a checkpoint; its time does not count as training."""
@@ -577,50 +548,41 @@ class TrainingLog:
         self.write(entry)
         self.since = time.time()
         best = best_checkpoint(self.evaluations)["step"]
-        print(f"  validation: {format_metrics(entry, self.args)}; best so far: step {best}", flush=True)
+        metrics = format_metrics(entry, self.args.data)
+        print(f"  validation: {metrics}; best so far: step {best}", flush=True)
 
     def write(self, entry):
         """Append a line to the log."""
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
-def format_metrics(entry, args):
+def format_metrics(entry, data):
     """Format the validation accuracies of a log entry."""
-    sets = [f"{display_name(task, args.data)} {100 * accuracy:.1f}"
+    sets = [f"{display_name(task, data)} {100 * accuracy:.1f}"
             for task, (accuracy, _) in entry["validation"].items()]
     return "  ".join([*sets, f"out-of-distribution mean {100 * ood_accuracy(entry):.1f}"])
 
-class CtrlC:
-    """Context manager: the first Ctrl-C sets `requested`, so that the step can be finished and
-    saved; the second stops at once."""
+@contextlib.contextmanager
+def stop_after_step():
+    """Context manager: yield an event that the first Ctrl-C sets; a second one stops at once."""
+    stop = threading.Event()
 
-    def __enter__(self):
-        self.requested = False
-        self.before = signal.signal(signal.SIGINT, self.handle)
-        return self
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
-
-    def handle(self, *_):
-        if self.requested:
+    def handle(*_):
+        if stop.is_set():
             raise KeyboardInterrupt
-        self.requested = True
-        os.write(2, b"\nfinishing the step and saving; press Ctrl-C again to stop at once\n")
+        stop.set()
+        os.write(2, b"\nfinishing and saving this step; press Ctrl-C again to stop at once\n")
 
-    @contextlib.contextmanager
-    def at_once(self):
-        """Context manager: stop at the first Ctrl-C, as there is nothing to save."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, self.handle)
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 def checkpoints(run):
     """Return a run's checkpoint folders, oldest first. Each is complete: it is renamed last."""
-    steps = [re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in run.glob("checkpoint-*")]
-    return [run / f"checkpoint-{step}" for step in sorted(int(match[1]) for match in steps if match)]
+    names = [re.fullmatch(r"checkpoint-(\d+)", folder.name) for folder in run.glob("*")]
+    return [run / f"checkpoint-{step}" for step in sorted(int(name[1]) for name in names if name)]
 
 def last_checkpoint(run):
     """Return the path of the last checkpoint, for messages."""
@@ -646,7 +608,7 @@ def save_checkpoint(run, step, model, optimizer, tokenizer):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"{folder} cannot be written ({error}). The last good checkpoint is "
-                        f"{last_checkpoint(run)}: free some space and continue with --resume") from None
+                        f"{last_checkpoint(run)}; free some space, then --resume") from None
 
 def prune_checkpoints(run, keep):
     """Delete all checkpoints except the steps to keep. Each is renamed first, so that a
@@ -685,8 +647,8 @@ def random_module(device):
 
 # --- the command ---
 
-# The authors' settings per size: examples per micro-batch in the order of FORMATS, micro-batches per
-# optimizer step, and optimizer steps between checkpoints. They give none for small, which uses
+# The authors' settings per size: examples per micro-batch in the order of FORMATS, micro-batches
+# per optimizer step, and optimizer steps between checkpoints. They give none for small, which uses
 # base's. "toy" is this project's own; xxl's optimizer and precision are chosen for one 80 GB GPU.
 SIZES = {
     "toy": dict(model=TOY / "student", data=TOY, teacher=TOY / "teacher.jsonl.gz",
@@ -716,9 +678,9 @@ def parse_arguments(arguments=None):
         epilog="Without arguments: the toy world in data/toy, on the CPU. Defaults are those of "
                "--size unless stated.")
     add, positive = parser.add_argument, in_range(int, above=0)
-    add("--size", choices=SIZES, default="toy", help="the paper's settings for this FlanT5 (default: toy)")
+    add("--size", choices=SIZES, default="toy", help="the paper's settings for this FlanT5")
     add("--model", help="folder or hub name, in place of the size's")
-    add("--teacher", type=Path, help="teacher records (default: GSM8K's own solutions; toy: its own)")
+    add("--teacher", type=Path, help="teacher records (default: GSM8K's solutions; toy: its own)")
     add("--data", type=Path, help="folder of the problem sets; missing ones are downloaded")
     add("--name", help="name of the run's folder in runs/ (default: the size)")
     add("--resume", action="store_true", help="continue the run with the same arguments")
@@ -749,10 +711,10 @@ def parse_arguments(arguments=None):
     add("--precision", choices=["fp32", "bf16", "bf16-weights"], help="bf16: matrix products "
         "(default on CUDA); bf16-weights: weights and gradients, half the memory (default: xxl)")
     args = parser.parse_args(arguments)
+    args.formats = list(dict.fromkeys(args.formats))
     for key, value in (DEFAULTS | SIZES[args.size]).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    args.formats = list(dict.fromkeys(args.formats))
     if args.device not in ("cpu", best_device()):
         raise UserError(f"--device {args.device}: PyTorch finds none here; use {best_device()}")
     if args.precision is None:
@@ -793,15 +755,13 @@ def specialize(args, run):
     pool = load("gsm8k", "train", args.data)
     tests = [(task, True) for task in DATASETS]
     tests += [] if args.skip_bbh else [("bbh", True), ("bbh", False)]
-    for task in DATASETS:  # download and check all problem sets before training
-        load(task, "test", args.data)
-    for task in [] if args.skip_bbh else bbh_tasks(args.data):
-        load(task, "test", args.data)
-        bbh_prompt(task, "", True, args.data)
-    examples, summary = build_examples(teacher_records(args, pool), tokenizer, args.formats, args.loss)
-    if any(example.teacher_probs is not None for example in examples):
-        summary += f"; the minimum possible KL is {min_kl(examples):.4f} nats per token"
-    print(f"{summary}. Run: {run}")
+    for task in [*DATASETS, *([] if args.skip_bbh else bbh_tasks(args.data))]:
+        load(task, "test", args.data)  # download and check all problem sets before training
+        if task not in DATASETS:
+            bbh_prompt(task, "", True, args.data)
+    records = teacher_records(args, pool)
+    examples, summary = build_examples(records, tokenizer, args.formats, args.loss)
+    print(f"{summary}. Run: {run}", flush=True)
     run.mkdir(parents=True, exist_ok=True)
     atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
     best = train(model, tokenizer, examples, pool, args, run)
@@ -809,18 +769,16 @@ def specialize(args, run):
     model = T5.from_pretrained(run / f"checkpoint-{best['step']}", dtype=weights_dtype(args))
     model.save_pretrained(run / "model")
     tokenizer.save(run / "model")
-    models = {"base": args.model, "specialized": run / "model"}
+    names = [display_name(task, args.data, cot) for task, cot in tests]
     results = {}
-    for name, folder in models.items():
+    for name, folder in (("base", args.model), ("specialized", run / "model")):
         model = T5.from_pretrained(folder, **options)
         results[name] = [evaluate_with(args, model, tokenizer, task, cot, "test", args.test_limit)
                          for task, cot in tests]
-    names = [display_name(task, args.data) + ("" if task != "bbh" else " CoT" if cot else
-                                              " answer-only") for task, cot in tests]
-    print("\n" + table(list(results), [(name, list(row)) for name, *row in zip(names, *results.values())]))
-    print(f"\nSelected: step {best['step']}, the best on the out-of-distribution validation sets: "
-          f"{format_metrics(best, args)}")
-    base, specialized = (results[name][0].predictions[0] for name in models)
+    rows = [(name, entries) for name, *entries in zip(names, *results.values())]
+    print(f"\n{table(list(results), rows)}\n\nSelected: step {best['step']}, the best on the "
+          f"out-of-distribution validation sets: {format_metrics(best, args.data)}")
+    base, specialized = (entries[0].predictions[0] for entries in results.values())
     print(f"\n{base['prompt']}\n  gold:         {number_text(base['answer'])}\n"
           f"  base:         {base['output']}\n  specialized:  {specialized['output']}\n\n"
           f"The model is in {run / 'model'}")

@@ -22,7 +22,6 @@ import os
 import re
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,9 +48,8 @@ class UserError(Exception):
 class T5Config:
     """The shape of a model, in the names of config.json. The defaults are t5-small's.
 
-    T5 1.0 uses the embedding matrix as output head (tied) and scales the decoder's output by
-    d_model**-0.5 before it. T5 1.1 and FlanT5 do neither.
-    """
+    T5 1.0 ties the output head to the embedding and scales the decoder's output by d_model**-0.5
+    before it. T5 1.1 and FlanT5 do neither."""
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -95,8 +93,8 @@ class FeedForward(nn.Module):
         return self.wo(self.dropout(x))
 
 class Attention(nn.Module):
-    """Multi-head attention. Two things differ from the standard Transformer: projections have no
-    biases, and the logits are not divided by sqrt(d_kv); init_weights makes up for that."""
+    """Multi-head attention without biases. The logits are not divided by sqrt(d_kv), unlike in the
+    standard Transformer; init_weights makes up for that."""
 
     def __init__(self, config):
         super().__init__()
@@ -119,14 +117,12 @@ class Attention(nn.Module):
 
         bias: (B or 1, H or 1, n or 1, m), added to the attention logits.
         memory_kv: in cross-attention, project_kv() of the encoder's output.
-        kv_cache: in decoding, keys and values (2, B, H, T, K) and t; those of x are stored at t.
-        """
+        kv_cache: in decoding, keys and values (2, B, H, T, K) and t; those of x are stored at t."""
         q = self.split_heads(self.q(x))
         k, v = self.project_kv(x) if memory_kv is None else memory_kv
         if kv_cache is not None:
             stored, t = kv_cache
-            stored[0, :, :, t] = k[:, :, 0]
-            stored[1, :, :, t] = v[:, :, 0]
+            stored[:, :, :, t] = torch.stack([k[:, :, 0], v[:, :, 0]])
             k, v = stored[:, :, :, : t + 1]
         if self.training and x.is_cpu:  # as PyTorch does there, minus its scaling: 20% faster
             weights = (q @ k.transpose(-1, -2)).add_(bias).softmax(-1)  # (B, H, n, m)
@@ -139,8 +135,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention (decoder only), feed-forward: x + dropout(f(norm(x))).
 
-    T5's layer norm is x / rms(x) * weight, without a mean and without a bias.
-    """
+    T5's layer norm is x / rms(x) * weight, without a mean and without a bias."""
 
     def __init__(self, config, is_decoder):
         super().__init__()
@@ -184,12 +179,10 @@ class Stack(nn.Module):
         """
         distance = key[None, :] - query[:, None]  # (n, m)
         buckets, first = self.relative_bias.num_embeddings, 0
-        if self.is_decoder:
-            distance = -distance.clamp(max=0)
-        else:
+        if not self.is_decoder:
             buckets //= 2
             first = (distance > 0).long() * buckets
-            distance = distance.abs()
+        distance = (distance.clamp(max=0) if self.is_decoder else distance).abs()
         exact = buckets // 2
         growth = (distance.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact)
         far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
@@ -238,8 +231,7 @@ class T5(nn.Module):
         """Draw T5's random weights: embeddings with standard deviation 1, matrices fan_in**-0.5.
 
         W_q gets a further d_kv**-0.5, which replaces the usual scaling of the attention logits. An
-        untied head is treated like any other matrix, so the first loss is close to log V.
-        """
+        untied head is treated like any other matrix, so the first loss is close to log V."""
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 fan_in = self.config.d_model if "relative_bias" in name else weight.shape[1]
@@ -263,7 +255,8 @@ class T5(nn.Module):
         memory, memory_bias = self.encode(input_ids, attention_mask)
         T = decoder_input_ids.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool, device=memory.device).tril()[None, None]
-        return self.logits(self.decoder(self.shared(decoder_input_ids), causal, memory, memory_bias))
+        x = self.decoder(self.shared(decoder_input_ids), causal, memory, memory_bias)
+        return self.logits(x)
 
     # --- generation ---
 
@@ -277,8 +270,7 @@ class T5(nn.Module):
         torch.Generator on the model's device.
         logits_processor: a function (ids so far (B, t), logits (B, V)) -> logits (B, V).
         Return (B * num_samples, <= max_new_tokens) ids without the start token, padded with 0 after
-        </s>; samples of the same prompt are adjacent.
-        """
+        </s>; samples of the same prompt are adjacent."""
         was_training = self.training
         self.eval()
         attention_mask = input_ids != PAD if attention_mask is None else attention_mask
@@ -287,22 +279,21 @@ class T5(nn.Module):
         memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
         memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)  # (B, 1, 1, S)
         L, _, B, H, _, K = memory_kv.shape
-        T = max_new_tokens
-        kv_cache = memory_kv.new_empty(L, 2, B, H, T, K)
+        kv_cache = memory_kv.new_empty(L, 2, B, H, max_new_tokens, K)
         # The bias depends only on the distance between query and key, so the row of the last
         # position, cut from the left, serves every step.
-        position = torch.arange(T, device=memory_kv.device)
+        position = torch.arange(max_new_tokens, device=memory_kv.device)
         bias = self.decoder.position_bias(position[-1:], position).to(memory_kv.dtype)
 
-        output = torch.full((B, T), PAD, device=memory_kv.device)
-        rows = torch.arange(B, device=memory_kv.device)  # the output row of each batch element
-        token = torch.full((B,), PAD, device=memory_kv.device)
+        output = input_ids.new_full((B, max_new_tokens), PAD)
+        rows = torch.arange(B, device=output.device)  # the output row of each batch element
+        token = output.new_full((B,), PAD)
         with torch.inference_mode():  # faster than no_grad for small tensors
-            for t in range(T):
+            for t in range(max_new_tokens):
                 x = self.shared(token[:, None])  # (B, 1, D)
+                step_bias = bias[..., max_new_tokens - 1 - t :]  # (1, H, 1, t + 1)
                 for block, source, past in zip(self.decoder.blocks, memory_kv, kv_cache):
-                    x = block(x, bias[..., T - 1 - t :], memory_bias=memory_bias,
-                              memory_kv=source, kv_cache=(past, t))
+                    x = block(x, step_bias, None, memory_bias, source, (past, t))
                 logits = self.logits(self.decoder.final_norm(x))[:, 0]  # (B, V)
                 if logits_processor is not None:
                     logits = logits_processor(output[rows, :t], logits)
@@ -347,8 +338,7 @@ class T5(nn.Module):
 
         dropout_rate overrides config.json's, and is saved with the model. On the CPU, weights that
         need no conversion are memory-mapped, so do not change the file in place while in use.
-        Raises UserError naming what is missing, unexpected or misshapen.
-        """
+        Raises UserError naming the file and what is wrong with it."""
         config, stored = read_config(name_or_dir), read_weights(name_or_dir)
         config.dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
         # Some files hold copies of the embedding, and a bias that no T5 uses.
@@ -358,17 +348,14 @@ class T5(nn.Module):
                 stored.setdefault("shared.weight", stored.pop(copy))
         if config.tie_word_embeddings and "shared.weight" in stored:
             stored.setdefault("lm_head.weight", stored["shared.weight"])
-        try:
+        with names_file(name_or_dir, "a T5 whose weights fit config.json"):
             if config.num_layers + config.num_decoder_layers > len(stored):
-                raise RuntimeError(f"{config.num_layers} layers, but only {len(stored)} tensors")
+                raise ValueError(f"{config.num_layers} layers, but only {len(stored)} tensors")
             with torch.device("meta"):  # no memory and no time for random weights
                 model = cls(config)
             ours = {hf_name(name): name for name in model.state_dict()}
             state = {ours.get(name, name): x.to(device, dtype) for name, x in stored.items()}
             model.load_state_dict(state, assign=True)
-        except RuntimeError as error:  # PyTorch lists what is missing, unexpected or misshapen
-            message = " ".join(str(error).split())[:1000]
-            raise UserError(f"{name_or_dir}: {message}; download it again") from None
         # Releases of transformers read tie_word_embeddings differently, so let the weights decide.
         config.tie_word_embeddings = torch.equal(model.lm_head.weight, model.shared.weight)
         if config.tie_word_embeddings:
@@ -379,11 +366,9 @@ class T5(nn.Module):
         """Write config.json and model.safetensors, each atomically; `transformers` loads them.
 
         For transformers 4, tie_word_embeddings also means that the decoder's output is scaled. It
-        is written in this sense; if it is false, the head is stored even if it is tied.
-        """
-        folder = Path(folder)
+        is written in this sense; if it is false, the head is stored even if it is tied."""
+        folder, tensors, scaled = Path(folder), self.hf_tensors(), self.config.scale_decoder_outputs
         folder.mkdir(parents=True, exist_ok=True)
-        tensors, scaled = self.hf_tensors(), self.config.scale_decoder_outputs
         if not scaled:
             tensors["lm_head.weight"] = self.lm_head.weight.data
         config = asdict(self.config) | FIXED | {"tie_word_embeddings": scaled}
@@ -406,8 +391,7 @@ def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
     """Compact a batch of generate(): return its five tensors without the finished elements (B,).
 
     Unfinished elements of the tail move into the slots of finished ones, which copies less than
-    re-indexing every survivor.
-    """
+    re-indexing every survivor."""
     n = len(finished) - int(finished.sum())
     slots = finished[:n].nonzero()[:, 0]
     movers = n + (~finished[n:]).nonzero()[:, 0]
@@ -430,6 +414,7 @@ HF_NAMES = {
     "cross_norm": "layer.1.layer_norm", "cross_attention": "layer.1.EncDecAttention",
     "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
 }
+ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}  # feed_forward_proj: dense_act_fn
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def hf_name(name):
@@ -438,53 +423,55 @@ def hf_name(name):
     names = HF_NAMES | {"ff_norm": f"{last}.layer_norm", "ff": f"{last}.DenseReluDense"}
     return ".".join(names.get(part, part) for part in name.split("."))
 
-def read_config(name_or_dir):
-    """Read config.json; ignore keys that T5Config lacks. Raises UserError naming file and key."""
-    path = model_file(name_or_dir, "config.json")
+@contextlib.contextmanager
+def names_file(path, what):
+    """Context manager: turn any error into a UserError that says what the file is not, and why."""
     try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch.load raises many kinds, none of them documented
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+        raise UserError(f"{path}: not {what} ({reason}); download it again") from None
+
+def read_config(name_or_dir):
+    """Read a model's config.json; ignore keys that T5Config lacks."""
+    path = model_file(name_or_dir, "config.json")
+    with names_file(path, "the config of a T5"):
+        stored = json.loads(path.read_text(encoding="utf-8"))
         config = T5Config(**{k: v for k, v in stored.items() if k in T5Config.__annotations__})
-        for name, kind in T5Config.__annotations__.items():
-            value = getattr(config, name)
-            limit = {int: 2**18, float: 1}.get(kind)
-            if type(value) is not kind or (limit and not 0 <= value < limit):
-                raise ValueError(f"{name} is {value!r}")
-        for name, value in FIXED.items():
+        required = FIXED | {"dense_act_fn": ACTIVATIONS[config.feed_forward_proj]}
+        for name, value in required.items():
             if stored.get(name, value) != value:
                 raise ValueError(f"{name} is {stored[name]!r}, not {value!r}")
-        if config.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise ValueError(f"feed_forward_proj is {config.feed_forward_proj!r}")
         return config
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not the config of a T5 ({error}); download it again") from None
 
 def read_weights(name_or_dir):
     """Read a model's weights, one file or shards, as {name: tensor}. No code in them is run."""
     stems = "model.safetensors", "pytorch_model.bin"
     path = model_file(name_or_dir, *[stem + end for stem in stems for end in ("", ".index.json")])
-    safe = path.name.startswith(stems[0])
-    weights, shards = {}, {path.name}
-    try:
-        if path.suffix == ".json":
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        for name in sorted(shards):
-            path = model_file(name_or_dir, Path(name).name)
-            weights |= read_safetensors(path) if safe else torch.load(path, "cpu", weights_only=True)
-        if not all(tensor.dtype in DTYPES.values() for tensor in weights.values()):
-            raise ValueError("not all tensors are in fp32, fp16 or bf16")
-        return weights
-    except UserError:
-        raise
-    except Exception as error:  # torch.load raises many kinds, none of them documented
-        message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{path}: not a complete file ({message}); download it again") from None
+    read = read_safetensors if path.name.startswith(stems[0]) else functools.partial(
+        torch.load, map_location="cpu", weights_only=True)  # it refuses a pickle that runs code
+    with names_file(path, "a complete index of shards or file of weights"):
+        if path.suffix != ".json":
+            return read(path)
+        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [model_file(name_or_dir, Path(shard).name) for shard in shards]
+    weights = {}
+    for path in paths:
+        with names_file(path, "a complete shard of weights"):
+            weights |= read(path)
+    return weights
+
+def map_file(path):
+    """Map a file into memory as a tensor of bytes; pages are read when they are used."""
+    return torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
 
 def read_safetensors(path):
-    """Map one safetensors file into memory: {name: tensor}. Pages are read when they are used.
+    """Map one safetensors file into memory: {name: tensor}.
 
-    The format: 8 bytes with the length of the header, a JSON header, the bytes of the tensors.
-    """
-    data = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    The format: 8 bytes with the length of the header, a JSON header, the bytes of the tensors."""
+    data = map_file(path)
     first = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
     header = json.loads(data[8:first].numpy().tobytes())
     header.pop("__metadata__", None)
@@ -523,56 +510,55 @@ def write_safetensors(tensors, path):
 DOWNLOAD_ERRORS = OSError, http.client.HTTPException, ValueError, LookupError, TypeError
 
 def model_file(name_or_dir, *names):
-    """Return the path of the first of these files that a model has, downloading it if necessary.
-
-    Hub files are kept in the Hugging Face cache in huggingface_hub's layout. HF_HOME, HF_HUB_CACHE,
-    HF_ENDPOINT, HF_TOKEN (or the token of `hf auth login`) and HF_HUB_OFFLINE work as they do there.
-    """
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    cache = hub / f"models--{str(name_or_dir).replace('/', '--')}"
-    main = cache / "refs" / "main"  # holds the commit of the cached snapshot
-    commit = main.read_text().strip() if main.exists() else "main"
-    is_folder = Path(name_or_dir).is_dir()
-    folder = Path(name_or_dir) if is_folder else cache / "snapshots" / commit
+    """Return the path of the first of these files that a model has, downloading it if necessary."""
+    folder = Path(name_or_dir)
+    if not folder.is_dir():
+        folder = hub_folder(str(name_or_dir), names)
     for name in names:
         if (folder / name).exists():
             return folder / name
-    if is_folder:
-        raise UserError(f"{folder}: no {', no '.join(names)}; copy one there")
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name_or_dir)):
-        raise UserError(f"{name_or_dir}: no such folder; give a folder or the name of a hub model")
+    raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; copy one there")
+
+def hub_folder(model, names):
+    """Return a hub model's folder in the Hugging Face cache, with the first of these files it has.
+
+    The layout is huggingface_hub's, so that each finds the other's files. HF_HOME, HF_HUB_CACHE,
+    HF_ENDPOINT, HF_TOKEN (or the token of `hf auth login`) and HF_HUB_OFFLINE work as there."""
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
+        raise UserError(f"{model}: no such folder; give a folder or the name of a hub model")
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cache = hub / f"models--{model.replace('/', '--')}"
+    main = cache / "refs" / "main"  # holds the commit of the cached snapshot
+    commit = main.read_text().strip() if main.exists() else "main"
+    folder = cache / "snapshots" / commit
+    if any((folder / name).exists() for name in names):
+        return folder
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{folder}: no {names[0]}; unset HF_HUB_OFFLINE to download it")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN") or ""
-    if not token and (home / "token").exists():
-        token = (home / "token").read_text()
+    login = (home / "token").read_text() if (home / "token").exists() else ""
+    token = os.environ.get("HF_TOKEN") or login
+    listing = f"{endpoint}/api/models/{model}/revision/{commit}?blobs=true"
     try:
-        listing = f"{endpoint}/api/models/{name_or_dir}/revision/{commit}?blobs=true"
-        with open_url(listing, token) as response:
-            repository = json.loads(response.read())
+        repository = json.loads(open_url(listing, token).read())
         files = {entry["rfilename"]: entry for entry in repository["siblings"]}
-        commit = repository["sha"]
+        folder = cache / "snapshots" / repository["sha"]
     except DOWNLOAD_ERRORS as error:
         raise UserError(f"cannot read {listing} ({describe(error)}); without a network, copy the "
                         f"model's files to {folder}") from None
-    name = next((name for name in names if name in files), None)
-    if name is None:
-        raise UserError(f"{endpoint}/{name_or_dir} has no {', no '.join(names)}; is it a T5?")
-    path = cache / "snapshots" / commit / name
-    sha256 = (files[name].get("lfs") or {}).get("sha256")
-    url = f"{endpoint}/{name_or_dir}/resolve/{commit}/{name}"
-    download(url, path, sha256, files[name].get("size"), token)
-    main.parent.mkdir(parents=True, exist_ok=True)
-    main.write_text(commit)
-    return path
+    for name in [name for name in names if name in files][:1]:
+        sha256 = (files[name].get("lfs") or {}).get("sha256")
+        url = f"{endpoint}/{model}/resolve/{folder.name}/{name}"
+        download(url, folder / name, sha256, files[name].get("size"), token)
+        main.parent.mkdir(parents=True, exist_ok=True)
+        main.write_text(folder.name)
+    return folder
 
 def download(url, path, sha256=None, size=None, token=""):
     """Download a URL to path, unless the file exists, and return path. Raises UserError.
 
-    The file is written as PATH.part, checked, and renamed; an interrupted download resumes.
-    """
+    The file is written as PATH.part, checked, and renamed; an interrupted download resumes."""
     part = path.with_name(path.name + ".part")
     for attempt in range(0 if path.exists() else 4):
         time.sleep(attempt)
@@ -589,10 +575,10 @@ def download(url, path, sha256=None, size=None, token=""):
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     show_progress(f"{path.name}: {file.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB")
+                show_progress("")
                 if file.tell() < total:
                     raise OSError(f"{file.tell():,} of {total:,} bytes were received")
-            show_progress("")
-            if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+            if sha256 and hashlib.sha256(map_file(part).numpy()).hexdigest() != sha256:
                 part.unlink()
                 raise OSError(f"its SHA-256 is not {sha256}")
             os.replace(part, path)
@@ -611,8 +597,8 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, response, code, message, headers, url):
         new = super().redirect_request(request, response, code, message, headers, url)
-        if new.host == request.host:
-            new.unredirected_hdrs = {k: v for k, v in request.unredirected_hdrs.items() if k != "Host"}
+        if new.host == request.host and "Authorization" in request.unredirected_hdrs:
+            new.add_unredirected_header("Authorization", request.get_header("Authorization"))
         return new
 
 def open_url(url, token="", headers={}):
@@ -637,18 +623,15 @@ def show_progress(text):
 class Tokenizer:
     """T5's SentencePiece vocabulary: a spiece.model, a folder that holds one, or a hub name.
 
-    pieces: the string of each id; "\u2581" (not the underscore) marks the start of a word.
-    """
+    pieces: the string of each id; "\u2581" (not the underscore) marks the start of a word."""
 
     def __init__(self, name_or_path):
         is_file = Path(name_or_path).is_file()
         self.path = Path(name_or_path) if is_file else model_file(name_or_path, "spiece.model")
-        try:
+        with names_file(self.path, "a T5 vocabulary"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             if [self.model.pad_id(), self.model.eos_id(), self.model.unk_id()] != [PAD, EOS, UNK]:
                 raise ValueError("<pad>, </s> and <unk> are not 0, 1 and 2")
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{self.path}: not a T5 vocabulary ({error}); copy one there") from None
         self.pieces = [self.model.id_to_piece(i) for i in range(len(self.model))]
 
     def split(self, text, kind=str):
@@ -669,8 +652,7 @@ class Tokenizer:
 
 def load_pretrained(name_or_dir, **options):
     """Return a model (options: see T5.from_pretrained) and its tokenizer."""
-    tokenizer = Tokenizer(name_or_dir)
-    model = T5.from_pretrained(name_or_dir, **options)
+    model, tokenizer = T5.from_pretrained(name_or_dir, **options), Tokenizer(name_or_dir)
     if len(tokenizer.pieces) > model.config.vocab_size:
         raise UserError(f"{tokenizer.path}: {len(tokenizer.pieces)} pieces, but the model has only "
                         f"{model.config.vocab_size} ids; copy the right one there")
@@ -678,8 +660,8 @@ def load_pretrained(name_or_dir, **options):
 
 def pad_sequences(sequences, device="cpu"):
     """Pad lists of ids on the right with 0: (B, longest)."""
-    batch = [torch.as_tensor(ids) for ids in sequences]
-    return nn.utils.rnn.pad_sequence(batch, batch_first=True).long().to(device)
+    batch = nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, sequences)), batch_first=True)
+    return batch.long().to(device)
 
 # --- two layers that are faster on a CPU than PyTorch's ---
 
@@ -692,24 +674,24 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x):
-        if self.packed_product and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
-            return self.packed_product(x)
-        return super().forward(x)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self.packed_product:
+            return super().forward(x)
+        return self.packed_product(x)
 
 @contextlib.contextmanager
 def packed_weights(*modules):
     """Context manager: prepack the fp32 weights of all Linear layers on an x86 CPU.
 
     A matrix product first rearranges the weights. For the few rows of a decoding step that takes
-    longer than the product, so do it once for many steps. Do not change the weights inside.
-    """
-    layers = [x for module in modules for x in module.modules() if isinstance(x, Linear)]
+    longer than the product, so do it once for many steps. Do not change the weights inside."""
     x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    for layer in layers if x86 and torch.backends.mkldnn.is_available() else []:
-        if layer.weight.is_cpu and layer.weight.dtype == torch.float32:
-            w = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-            multiply = torch.ops.mkldnn._linear_pointwise.default
-            layer.packed_product = lambda x, w=w: multiply(x, w, None, "none", [], "")
+    layers = [x for module in modules for x in module.modules() if isinstance(x, Linear)
+              and x86 and torch.backends.mkldnn.is_available() and x.weight.is_cpu
+              and x.weight.dtype == torch.float32]
+    for layer in layers:
+        w = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        layer.packed_product = lambda x, w=w: multiply(x, w, None, "none", [], "")
     try:
         yield
     finally:
@@ -717,7 +699,7 @@ def packed_weights(*modules):
             layer.packed_product = None
 
 class Dropout(nn.Dropout):
-    """PyTorch's dropout, twice as fast on a CPU: 16 random bits per element in place of a double."""
+    """PyTorch's dropout; on a CPU twice as fast, with 16 random bits per element, not a double."""
 
     def forward(self, x):
         if not (self.training and self.p and x.is_cpu):

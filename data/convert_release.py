@@ -1,5 +1,7 @@
 """Convert the authors' released teacher data, a folder of pickles, to teacher records.
 
+    python data/convert_release.py FOLDER OUT.jsonl.gz
+
 The raw form has the teacher's own tokens. Its files are lists with one entry per question:
 
     codex_questions.pkl          "Question 7: ..."; one question is listed twice
@@ -30,7 +32,6 @@ from itertools import dropwhile, groupby, zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from specialize import parse_record
 from t5 import Tokenizer, UserError, run_command, show_progress
 
@@ -40,9 +41,8 @@ RAW += ["codex_per_step_probs.pkl"]
 # Both contain the same solutions; the inputs differ in the demonstrations before the question.
 ALIGNED = ["zero_shot_chain_of_thought.pkl", "in_context_chain_of_thought.pkl"]
 
-
 def main():
-    """Convert a release: python data/convert_release.py FOLDER OUT.jsonl.gz."""
+    """Write the records to a temporary file, which gets its name when it is complete."""
     parser = argparse.ArgumentParser(description="Convert the authors' release to teacher records.")
     parser.add_argument("folder", type=Path, help="folder of the release; subfolders are searched")
     parser.add_argument("out", type=Path, help="file to write, .jsonl or .jsonl.gz")
@@ -62,7 +62,6 @@ def main():
         part.unlink(missing_ok=True)
     print(f"Wrote {written:,} records, one per solution labelled right, to {args.out}.")
 
-
 def find_solutions(folder, tokenizer):
     """Return a generator of (source, convert) per solution; convert() returns a record or None."""
     files = {}
@@ -81,10 +80,10 @@ def find_solutions(folder, tokenizer):
         rows = enumerate(read_list(path), 1)
         return ((f"{path}, row {i}", partial(convert, row)) for i, row in rows)
     if any(folder.rglob("*_answer_only.pkl")):
-        raise UserError(f"{folder}: only answer-only files, which training does not need; add more")
+        raise UserError(f"{folder}: only answer-only examples, which need no conversion: training "
+                        "makes them from the other files' records; add one of those")
     raise UserError(f"{folder}: {', '.join(missing)} and {' and '.join(ALIGNED)} are missing; "
                     "download the files of one form")
-
 
 def write_records(solutions, file):
     """Write a line per right solution; return how many, and a message per failure."""
@@ -102,9 +101,7 @@ def write_records(solutions, file):
     show_progress("")
     return written, failures
 
-
 # --- the raw form ---
-
 
 def raw_solutions(paths):
     """Yield (source, convert) for each solution; paths are in the order of RAW."""
@@ -113,16 +110,19 @@ def raw_solutions(paths):
     if len(questions) == len(answers) + 1:  # leave out the repetition of the one listed twice
         same = groupby(questions, lambda question: without_heading(str(question)))
         questions = [next(group) for _, group in same]
-    if len({len(questions), len(answers), len(solutions), len(labels)}) > 1:
-        raise UserError(f"{paths[0].parent}: {RAW[:4]} differ in length; download them again")
+    lengths = [len(questions), len(answers), len(solutions), len(labels)]
+    if len(set(lengths)) > 1:
+        raise UserError(f"{paths[0].parent}: {', '.join(RAW[:4])} have different lengths, "
+                        f"{lengths}; download them again")
     rows = zip_longest(questions, answers, solutions, labels, steps)
     for i, (question, answer, *lists) in enumerate(rows, 1):
         source = f"{paths[4]}, question {i}"
         if {type(part) for part in lists} != {list} or len({len(part) for part in lists}) > 1:
-            raise UserError(f"{source}: not as many labels and steps as solutions; download again")
-        for j, parts in enumerate(zip(*lists), 1):
-            yield f"{source}, solution {j}", partial(raw_record, question, answer, *parts)
-
+            raise UserError(f"{source}: solutions, labels and steps are not lists of the same "
+                            "length; download the files again")
+        for j, (solution, label, its_steps) in enumerate(zip(*lists), 1):
+            convert = partial(raw_record, question, answer, solution, label, its_steps)
+            yield f"{source}, solution {j}", convert
 
 def raw_record(question, answer, solution, label, steps):
     """Return the record of a solution in the teacher's own tokens, or None if it is wrong."""
@@ -130,6 +130,8 @@ def raw_record(question, answer, solution, label, steps):
         return None
     # The first tokens are the end of the prompt, "Let's think step by step\n".
     steps = list(dropwhile(lambda step: step[0][0] == " step" or not step[0][0].strip(), steps))
+    if not steps:
+        raise ValueError("there are no tokens after the prompt")
     tokens = [step[0][0] for step in steps]
     text = "".join(tokens).strip()
     return {
@@ -141,19 +143,15 @@ def raw_record(question, answer, solution, label, steps):
         "top_logprobs": [log_probabilities(dict(step)) for step in steps],
     }
 
-
 def without_heading(text):
     """Return a text of the release without its heading, such as "Question 7:"."""
     return re.sub(r"\A(Question \d+|Answer|Model output \d+):", "", text).strip()
-
 
 def log_probabilities(distribution):
     """Return {token: natural log-probability}, without the tokens of probability 0."""
     return {token: round(math.log(p), 6) for token, p in distribution.items() if p != 0}
 
-
 # --- the aligned form ---
-
 
 def aligned_record(tokenizer, row):
     """Return the record of a solution with a distribution for each of T5's pieces, or None."""
@@ -173,14 +171,13 @@ def aligned_record(tokenizer, row):
         "top_logprobs": [log_probabilities(probs) for probs in usable],
     }
 
-
 # --- pickles as plain data ---
 
-PLAIN = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
-    SHORT_BINUNICODE BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
-    EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET"""
-PLAIN = b"".join(getattr(pickle, name) for name in PLAIN.split())
-
+PLAIN = b"".join(getattr(pickle, name) for name in """
+    PROTO FRAME MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
+    SHORT_BINUNICODE BINUNICODE BINUNICODE8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST
+    APPEND APPENDS EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BINPUT LONG_BINPUT
+    MEMOIZE BINGET LONG_BINGET""".split())
 
 def read_list(path):
     """Yield the items of a pickled list; raise UserError if it is damaged or not plain data."""
@@ -191,7 +188,6 @@ def read_list(path):
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise UserError(f"{path}: not a complete list of plain data ({type(error).__name__}: "
                             f"{error}); nothing in it was run; download it again") from None
-
 
 class PlainUnpickler(pickle._Unpickler):
     """Python's own unpickler, limited to the instructions that build plain data.
@@ -245,7 +241,6 @@ class PlainUnpickler(pickle._Unpickler):
     dispatch[pickle.MEMOIZE[0]] = lambda u: u.remember(u.count)
     dispatch[pickle.BINPUT[0]] = lambda u: u.remember(u.read(1)[0])
     dispatch[pickle.LONG_BINPUT[0]] = lambda u: u.remember(int.from_bytes(u.read(4), "little"))
-
 
 if __name__ == "__main__":
     run_command(main)

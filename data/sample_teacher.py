@@ -31,22 +31,35 @@ from urllib.parse import urlsplit
 from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from eval import DEFAULT_DATA, exact_match, extract_choice, extract_number, load  # noqa: E402
-from eval import math_prompt, number_text, read_gsm8k, read_problems  # noqa: E402
-from specialize import parse_record  # noqa: E402
-from t5 import UserError, in_range, run_command, show_progress  # noqa: E402
+from eval import DEFAULT_DATA, exact_match, extract_choice, extract_number, load
+from eval import math_prompt, number_text, parse_gsm8k, read_problems
+from specialize import parse_record
+from t5 import UserError, in_range, run_command, show_progress
 
 TOP_LOGPROBS = 5  # per token, as many as the paper's teacher reported
-UNKNOWN = -99.0  # servers write null or -9999 for a log-probability that they do not know
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a retry, doubled each time
-LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask for
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
-# --- from a response to an answer ---
+# --- from a question to an answer ---
+
+def make_prompt(args):
+    """Return the function from a question to its prompt: --prompt's text, or the paper's."""
+    if args.prompt:
+        template = args.prompt.read_text(encoding="utf-8")
+        if "{question}" not in template:
+            raise UserError(f"{args.prompt}: no {{question}} in it. Write it where questions go.")
+        return lambda question: template.replace("{question}", question)
+    pool = load("gsm8k", "train", args.data) if args.shots else []
+    shots = random.Random(0).sample(pool, min(args.shots + 1, len(pool)))  # one to spare
+
+    def prompt(question):
+        others = [shot for shot in shots if shot.question != question]
+        return math_prompt(question, True, others[: args.shots])
+
+    return prompt
 
 THINKING = re.compile(r"\A(.*</think>|\s*<think>.*)", re.DOTALL)
 STATEMENT = re.compile(r"the answer is\W*\w.*", re.IGNORECASE)
-BYTE_TOKEN = re.compile(rb"bytes:( ?)(\\+x[0-9a-fA-F]{2})+|<0x[0-9a-fA-F]{2}>")
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 
 def parse_choice(choice):
     """Return one choice of a response as {solution, tokens, top_logprobs}.
@@ -79,37 +92,26 @@ def parse_logprobs(solution, logprobs):
         for token, logprob, top in zip(*lists):
             entries = [{"token": one, "logprob": value} for one, value in (top or {}).items()]
             steps.append({"token": token, "logprob": logprob, "top_logprobs": entries})
-    tokens = sampled_tokens(steps)
+    tokens, tops = [], []
+    for step in steps:
+        entries = step.get("top_logprobs") or []
+        # llama.cpp withholds text that might start a stop sequence, such as a newline, and reports
+        # it with the next token. That token's own text is in the top list, under the same id.
+        own = [entry for entry in entries if entry.get("id", -1) == step.get("id")]
+        tokens.append(token_bytes(own[0] if own else step))
+        top = {token_name(token_bytes(entry)): entry["logprob"] for entry in entries}
+        if top:  # the sampled token need not be in it
+            top.setdefault(token_name(tokens[-1]), step["logprob"])
+        # Servers write null or -9999 for what they do not know.
+        known = {one: value for one, value in top.items() if value is not None and value > -99}
+        tops.append({one: round(min(0.0, value), 5) for one, value in known.items()})
     span = find_span(solution, tokens)
     names = [token_name(token) for token in tokens[span]]
-    tops = []
-    for name, step in zip(names, steps[span]):
-        top = {}
-        for entry in step.get("top_logprobs") or []:
-            top.setdefault(token_name(token_bytes(entry)), entry["logprob"])
-        if top:  # the sampled token need not be in it
-            top.setdefault(name, step["logprob"])
-        known = {one: value for one, value in top.items() if value is not None and value > UNKNOWN}
-        tops.append({one: round(min(0.0, value), 5) for one, value in known.items()})
-    if all(top.keys() <= {name} for name, top in zip(names, tops)):
+    if all(top.keys() <= {name} for name, top in zip(names, tops[span])):
         raise ValueError("no alternatives to the sampled tokens, so no distribution")
-    return {"tokens": names, "top_logprobs": tops}
+    return {"tokens": names, "top_logprobs": tops[span]}
 
-def sampled_tokens(steps):
-    """Return the sampled tokens as bytes.
-
-    llama.cpp withholds text that might start a stop sequence, such as a newline, and reports it
-    with the next token, whose own text is in the top list under the same id.
-    """
-    tokens, withheld = [], b""
-    for step in steps:
-        reported = token_bytes(step)
-        top = [entry for entry in step.get("top_logprobs") or [] if "id" in entry]
-        own = [token_bytes(entry) for entry in top if entry["id"] == step.get("id")]
-        tokens.append(own[0] if own else reported.removeprefix(withheld))
-        withheld += tokens[-1]
-        withheld = withheld[len(reported) :] if withheld.startswith(reported) else b""
-    return tokens
+BYTE_TOKEN = re.compile(rb"bytes:( ?)(\\+x[0-9a-fA-F]{2})+|<0x[0-9a-fA-F]{2}>")
 
 def token_bytes(entry):
     """Return the bytes of a token: as listed, as spelled (bytes:\\xe2, <0xE2>), or of its text."""
@@ -128,14 +130,13 @@ def token_name(token):
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 def find_span(solution, tokens):
-    """Return the slice of the tokens that spell the solution, ignoring whitespace.
+    """Return the slice of the tokens that spell the solution; raises ValueError if none do.
 
     Tokens of the model's thinking may come before it, a stop sequence or an end token after it.
-    Raises ValueError if no tokens spell it.
+    Whitespace is ignored, and with U+FFFD (part of a character) everything but ASCII.
     """
-    ignored = rb"\s"
-    if any(b"\xef\xbf\xbd" in token for token in tokens):
-        ignored = rb"[^!-~]"  # U+FFFD stands for part of a character: compare ASCII only
+    partial = any("\ufffd".encode() in token for token in tokens)
+    ignored = rb"[^!-~]" if partial else rb"\s"
     visible = [re.sub(ignored, b"", token) for token in tokens]
     wanted = re.sub(ignored, b"", solution.replace("▁", " ").encode())
     starts = list(itertools.accumulate(map(len, visible), initial=0))
@@ -146,33 +147,31 @@ def find_span(solution, tokens):
 # --- from answers to teacher records ---
 
 def write_records(log, problems, args):
-    """Write the right answers as teacher records, all or nothing, and return a summary to print.
-
-    Raises UserError if no answer is right.
-    """
+    """Write the right answers as teacher records, all or nothing, and return a summary."""
     counts = collections.Counter()
     votes = collections.defaultdict(collections.Counter)  # question -> {final answer: votes}
     unfinished = args.out.with_name(args.out.name + ".tmp")
     with (gzip.open if args.out.suffix == ".gz" else open)(unfinished, "wt") as file:
         for problem, answer in log.answers(problems, args.samples):
             cut_off = "finish_reason" in answer
-            counts.update({"all": 1, "cut off": cut_off, "empty": cut_off and not answer["solution"]})
+            empty = cut_off and not answer["solution"]
             extract = extract_number if isinstance(problem.answer, float) else extract_choice
             votes[problem.question][None if cut_off else extract(answer["solution"])] += 1
-            if cut_off or not exact_match(answer["solution"], problem.answer):
-                continue
-            gold = number_text(problem.answer)
-            record = {"question": problem.question, "answer": gold, **answer}
-            try:
-                parse_record(record, "")
-            except MALFORMED:  # training would refuse its distributions
-                record = {key: record[key] for key in ("question", "answer", "solution")}
-            counts.update({"right": 1, "text only": "tokens" not in record})
-            file.write(json.dumps(record) + "\n")
+            right = not cut_off and exact_match(answer["solution"], problem.answer)
+            counts.update({"all": 1, "right": right, "cut off": cut_off, "empty": empty})
+            if right:
+                record = {"question": problem.question, "answer": number_text(problem.answer)}
+                record |= answer
+                try:
+                    parse_record(record, "")
+                except MALFORMED:  # training would refuse its distributions
+                    record = {key: record[key] for key in ("question", "answer", "solution")}
+                counts["text only"] += "tokens" not in record
+                file.write(json.dumps(record) + "\n")
     summary = summarize(counts, votes, problems)
     if not counts["right"]:
         unfinished.unlink()
-        raise UserError(f"No answer is right.\n{summary}\nRead the answers in {log.path}.")
+        raise UserError(f"no answer is right.\n{summary}\nRead the answers in {log.path}.")
     os.replace(unfinished, args.out)
     return f"{summary}\nThe right answers are in {args.out}, all answers in {log.path}."
 
@@ -196,26 +195,25 @@ def summarize(counts, votes, problems):
 
 # --- the client ---
 
-OUT_OF_CREDIT = "insufficient.(quota|balance|credit|fund)|HTTP 402"
-TRY_LATER = "rate.?limit|overload|timed? ?out|try again|unavailable|busy|capacity"
+OUT_OF_CREDIT = "(?i)insufficient.(quota|balance|credit|fund)|HTTP 402"
+TRANSIENT = ("(?i)^(no response|incomplete response|HTTP (408|409|425|429|50[^1]|52.))|"
+             '"code": ?"?(429|5..)|rate.?limit|overload|timed?.?out|try.again')
 ADVICE = {  # what an error mentions -> what to do; the first match counts
     OUT_OF_CREDIT: "Add credit, then repeat the command.",
-    "logprob": "Add --no-logprobs.",
-    "temperature": "Set another --temperature, such as 1.",
-    r"\bstop\b": "Send no stop sequences: --stop without a value.",
-    "max_tokens|context.(length|size|window)|too (long|large)": "Lower --max-tokens or --shots.",
-    "HTTP 40[13]|api.?key": "Set OPENAI_API_KEY to a key that may use this model.",
-    "HTTP 429|rate.?limit": "Lower --parallel, or repeat the command later.",
-    "HTTP 5": "Read the server's log. If log-probabilities are the cause, add --no-logprobs.",
-    "HTTP": "Check --url (it usually ends in /v1), --model, and whether --chat is needed.",
+    r"(?i)temperature|\bstop\b|max.tokens|context|too (long|large)":
+        "Change --temperature, --stop (no value: none), --max-tokens or --shots.",
+    "(?i)HTTP 40[13]|api.?key": "Set OPENAI_API_KEY to a key that may use this model.",
+    "(?i)HTTP 429|rate.?limit": "Lower --parallel, or repeat the command later.",
+    "(?i)HTTP 5|logprob": "Read the server's log. Try --no-logprobs, in case they are the cause.",
+    "HTTP|incomplete": "Check --url (it usually ends in /v1), --model, and if --chat is needed.",
     "": "Check that a server is running at this address.",
 }
 
 class CompletionClient:
     """A model behind /completions or, with --chat, /chat/completions.
 
-    supports_logprobs: False once the server has refused log-probabilities. answered: True after
-    the first answer. refused: errors about single prompts. stopping: an event that ends ask().
+    supports_logprobs: False once the server has refused log-probabilities. answered: number of
+    answers. refused: errors about single prompts. stopping: an event that ends ask().
     """
 
     def __init__(self, args):
@@ -223,7 +221,7 @@ class CompletionClient:
         self.url = args.url.rstrip("/") + ("/chat/completions" if args.chat else "/completions")
         self.max_tokens_key = "max_tokens"
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()  # never written or printed
-        self.answered, self.last_error, self.refused = False, "", []
+        self.answered, self.last_error, self.refused = 0, "", []
         self.stopping = threading.Event()
         if not re.match(r"https?://[^/\s]", self.url):
             raise UserError(f"--url {args.url}: not an address like http://localhost:8000/v1")
@@ -239,14 +237,15 @@ class CompletionClient:
         retries = 0
         while not self.stopping.is_set():
             request = self.make_request(prompt, n)
-            answers, status, error, wait = self.post(request)
+            answers, error, wait = self.post(request)
             if answers:
-                self.answered = True
+                self.answered += len(answers[:n])
                 return answers[:n]
             self.last_error = error
-            if is_transient(status, error) and retries < self.args.retries:
+            transient = re.search(TRANSIENT, error) and not re.search(OUT_OF_CREDIT, error)
+            if transient and retries < self.args.retries:
                 backoff = min(FIRST_WAIT * 2**retries, LONGEST_WAIT) * random.uniform(0.5, 1)
-                self.stopping.wait(max(backoff, min(wait, LONGEST_RETRY_AFTER)))
+                self.stopping.wait(max(backoff, wait))
                 retries += 1
             elif "logprobs" in request and "logprob" in error.lower():
                 if self.supports_logprobs:
@@ -254,11 +253,11 @@ class CompletionClient:
                 self.supports_logprobs = False
             elif "max_tokens" in request and "max_completion_tokens" in error:
                 self.max_tokens_key = "max_completion_tokens"
-            elif self.answered and status in (400, 413, 422):  # too long, filtered
+            elif self.answered and re.match("HTTP (400|413|422)", error):  # too long, filtered
                 self.refused.append(self.explain(error))
                 return []
             else:
-                raise UserError(self.explain(error))
+                raise UserError(self.explain(error + f" ({retries} retries)" * (retries > 0)))
         return []
 
     def make_request(self, prompt, n):
@@ -266,26 +265,19 @@ class CompletionClient:
         args = self.args
         request = {"model": args.model, "temperature": args.temperature}
         request[self.max_tokens_key] = args.max_tokens
-        if args.stop:  # some servers refuse an empty list
-            request["stop"] = args.stop
-        if n > 1:  # some servers do not know it
-            request["n"] = n
-        if args.chat:
-            request["messages"] = [{"role": "user", "content": prompt}]
-        else:
-            request["prompt"] = prompt
+        request |= {"stop": args.stop} if args.stop else {}  # some servers refuse an empty list
+        request |= {"n": n} if n > 1 else {}  # some do not know it
+        messages = [{"role": "user", "content": prompt}]
+        request |= {"messages": messages} if args.chat else {"prompt": prompt}
         if self.supports_logprobs:
             top = {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
             request |= top if args.chat else {"logprobs": TOP_LOGPROBS}
         return request
 
     def post(self, request):
-        """Send a request once; return (answers, status, error, seconds that the server asks for).
-
-        The status is 0 if no complete response came. An error inside a 200 has its own status.
-        """
-        message = Request(self.url, json.dumps(request).encode())
-        message.add_header("Content-Type", "application/json")
+        """Send a request once; return (answers, error, seconds that the server asks to wait)."""
+        headers = {"Content-Type": "application/json"}
+        message = Request(self.url, json.dumps(request).encode(), headers)
         if self.key:
             message.add_unredirected_header("Authorization", f"Bearer {self.key}")
         try:
@@ -297,62 +289,50 @@ class CompletionClient:
                 text = response.read().decode("utf-8", "replace")
         except (OSError, http.client.HTTPException) as error:
             cause = str(getattr(error, "reason", error)) or type(error).__name__
-            return [], 0, f"no response: {cause}", 0.0
-        answers, status = parse_response(text) if response.status == 200 else ([], response.status)
+            return [], f"no response: {cause}", 0.0
+        answers, error = [], f"HTTP {response.status} {response.reason}"
+        if response.status == 200:
+            try:
+                body = json.loads(text)
+                if "choices" in body and not body.get("error"):
+                    error = "incomplete response"
+                    answers = [parse_choice(choice) for choice in body["choices"]]
+            except MALFORMED:
+                error = "incomplete response"
         if self.key:
             text = text.replace(self.key, "[key]")  # some servers quote it
-        error = f"HTTP {response.status} {response.reason}: {' '.join(text.split())[:500]}"
-        return answers, status, error, retry_after(response.headers.get("Retry-After"))
+        words = " ".join(text.split())[:500]
+        return answers, f"{error}: {words}", retry_after(response.headers.get("Retry-After"))
 
     def explain(self, error):
         """Return a message with the address, the server's words and what to do."""
-        advice = next(text for words, text in ADVICE.items() if re.search(words, error, re.I))
+        advice = next(advice for words, advice in ADVICE.items() if re.search(words, error))
         parts = urlsplit(self.url)
         if parts.scheme in getproxies() and not proxy_bypass(parts.hostname):
             advice += f"\nRequests go through {parts.scheme}_proxy. If the server is local, "
             advice += f"set no_proxy={parts.hostname}."
         return f"{self.url}: {error}\n{advice}"
 
-def parse_response(text):
-    """Return the answers in a 200 response, and a status for the case that there are none."""
-    try:
-        body = json.loads(text)
-        if "choices" in body and not body.get("error"):
-            return [parse_choice(choice) for choice in body["choices"]], 0
-        code = re.search(r'"code": ?"?([45]\d\d)\b', text)
-        return [], int(code[1]) if code else 200
-    except MALFORMED:
-        return [], 0
-
-def is_transient(status, error):
-    """Return whether the same request may succeed later."""
-    if status == 200:  # an error without a code
-        return re.search(TRY_LATER, error, re.IGNORECASE)
-    later = status in (0, 408, 409, 425, 429) or status >= 500
-    return later and not re.search(OUT_OF_CREDIT, error, re.IGNORECASE)
-
 def retry_after(header):
-    """Return a Retry-After header, seconds or a date, as seconds from now; 0 if there is none."""
-    if re.fullmatch(r"\d+(\.\d+)?", header or ""):
-        return float(header)
+    """Return the seconds that a Retry-After header asks for, as a number or a date; at most 600."""
     try:
-        return email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        if re.fullmatch(r"[\d.]+", header):
+            return min(float(header), 600.0)
+        date = email.utils.parsedate_to_datetime(header)
+        return min(date.timestamp() - time.time(), 600.0)
     except (TypeError, ValueError):
         return 0.0
 
 # --- the log of answers ---
 
 class ResponseLog:
-    """The file OUT.answers.jsonl: a line with the settings, then a line per request.
-
-    Such a line is {"question": .., "answers": [..]}, with answers as parse_choice returns them.
-    """
+    """OUT.answers.jsonl: the settings, then {"question": .., "answers": [..]} per request."""
 
     def __init__(self, path):
         self.path, self.lock = path, threading.Lock()
 
     def open(self, settings):
-        """Open the file for appending. Raises UserError if it is in use or has other settings."""
+        """Open the file to append. Raises UserError if it is in use or has other settings."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b")
         try:
@@ -361,17 +341,18 @@ class ResponseLog:
         except (BlockingIOError, PermissionError):
             raise UserError(f"{self.path} is in use. Wait, or use another --out.") from None
         except (ImportError, OSError) as error:  # Windows, some network file systems
-            print(f"warning: cannot lock {self.path} ({error}): do not run two processes on it",
-                  file=sys.stderr)
+            print(f"warning: {self.path} cannot be locked ({error}): never let two processes "
+                  "sample into it", file=sys.stderr)
         self.file.seek(0)
         complete = sum(len(line) for line in self.file if line.endswith(b"\n"))
         self.file.truncate(complete)  # drops a last line that a kill left unfinished
-        if not complete:
+        self.file.seek(0)
+        before = self.file.readline().decode("utf-8", "replace").strip()
+        if not before:
             self.append(settings)
-        before = next(self.entries())
-        old = [f"{key} {before.get(key)!r}" for key in settings if before.get(key) != settings[key]]
-        if old:
-            raise UserError(f"{self.path} was sampled with {', '.join(old)}. Use another --out.")
+        elif before != json.dumps(settings):
+            raise UserError(f"{self.path} was sampled with {before[:300]}. Use another --out.")
+        return self.file
 
     def append(self, entry):
         """Write a line and flush it to disk."""
@@ -380,97 +361,79 @@ class ResponseLog:
             self.file.flush()
             os.fsync(self.file.fileno())
 
-    def entries(self):
-        """Yield the lines as dicts. Raises UserError at a damaged one."""
-        with open(self.path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    entry = dict(json.loads(line)) if line.endswith(b"\n") else {}
-                except (ValueError, TypeError) as error:
-                    raise UserError(f"{self.path}, line {number}: {error}. Delete it.") from None
-                yield entry
-
     def answers(self, problems, samples):
         """Yield (problem, answer) for the first `samples` answers to each question."""
         count = collections.Counter()
-        for entry in self.entries():
-            problem = problems.get(entry.get("question"))
-            for answer in entry["answers"] if problem else []:
-                count[problem.question] += 1
-                if count[problem.question] <= samples:
-                    yield problem, answer
+        with open(self.path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if number == 1 or not line.endswith(b"\n"):  # the settings; not yet complete
+                    continue
+                try:
+                    question, answers = map(json.loads(line).get, ("question", "answers"))
+                except MALFORMED as error:
+                    raise UserError(f"{self.path}, line {number}: {error}. Delete it.") from None
+                for answer in answers if question in problems else []:
+                    count[question] += 1
+                    if count[question] <= samples:
+                        yield problems[question], answer
 
 # --- the command ---
 
 def sample(client, log, problems, prompt, args):
-    """Ask for the missing answers, --parallel requests at a time; log each as it arrives.
+    """Ask for the missing answers, --parallel requests at a time, and log each as it arrives.
 
-    Raises UserError or KeyboardInterrupt, after logging the answers in flight: they are paid for.
+    If it fails or is interrupted, the answers in flight are logged first: they are paid for.
     """
     have = collections.Counter(one.question for one, _ in log.answers(problems, args.samples))
-    client.answered = bool(have)
-    jobs = collections.deque(
-        (question, min(args.per_request, args.samples - done)) for question in problems
-        for done in range(have[question], args.samples, args.per_request))
-    total, errors = len(jobs), []
+    client.answered, errors = have.total(), []
+    jobs = collections.deque((one, min(args.per_request, args.samples - done)) for one in problems
+                             for done in range(have[one], args.samples, args.per_request))
+    jobs.extend([None] * args.parallel)  # ends each thread
 
     def work():
         try:
-            while not client.stopping.is_set():
-                question, n = jobs.popleft()
+            while (job := jobs.popleft()) and not client.stopping.is_set():
+                question, n = job
                 while n > 0 and (answers := client.ask(prompt(question), n)):
                     log.append({"question": question, "answers": answers})
                     n -= len(answers)  # a server may give fewer
-        except IndexError:  # no more jobs
-            pass
-        except Exception as error:  # for the main thread to raise
+        except (UserError, OSError) as error:  # for the main thread to raise
             errors.append(error)
             client.stopping.set()
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(args.parallel)]
     for thread in threads:
         thread.start()
+    kept = f"All answers so far are in {log.path}; the same command continues from there."
+    wanted = args.samples * len(problems)
     try:
         while any(thread.is_alive() for thread in threads):
-            show_progress(f"{total - len(jobs):,} of {total:,} requests  {client.last_error[:150]}")
+            show_progress(f"{client.answered:,} of {wanted:,} answers  {client.last_error:.100}")
             time.sleep(0.2)
     except KeyboardInterrupt:
         client.stopping.set()
         print("\nwaiting for the answers in flight; Ctrl-C again drops them", file=sys.stderr)
         for thread in threads:
             thread.join()
+        print(kept, file=sys.stderr)
         raise
     show_progress("")
     if errors:
-        raise errors[0]
-
-def make_prompt(args):
-    """Return the function from a question to its prompt: --prompt's text or the paper's."""
-    if args.prompt:
-        template = args.prompt.read_text(encoding="utf-8")
-        if "{question}" not in template:
-            raise UserError(f"{args.prompt}: no {{question}} in it. Write it where questions go.")
-        return lambda question: template.replace("{question}", question)
-    pool = load("gsm8k", "train", args.data) if args.shots else []
-    shots = random.Random(0).sample(pool, min(args.shots + 1, len(pool)))  # one to spare
-
-    def prompt(question):
-        others = [shot for shot in shots if shot.question != question]
-        return math_prompt(question, True, others[: args.shots])
-
-    return prompt
+        raise UserError(f"{errors[0]}\n{kept}")
+    if client.refused:
+        print(f"{len(client.refused):,} requests were refused; the last: {client.refused[-1]}")
 
 def parse_arguments():
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="Sample chain-of-thought solutions from an OpenAI-compatible server.",
-        epilog="An API key is read from the environment variable OPENAI_API_KEY.",
+        description="Sample chain-of-thought solutions from an OpenAI-compatible server. "
+        "The environment variable OPENAI_API_KEY may hold a key.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, positive = parser.add_argument, in_range(int, above=0)
     add("--url", required=True, help="address of the server, such as http://localhost:8000/v1")
     add("--model", required=True, help="name of the model on the server")
     add("--out", type=Path, required=True, help="teacher records to write (.jsonl or .jsonl.gz)")
-    add("--questions", default="gsm8k", help="gsm8k (its training set) or a JSONL file of questions")
+    add("--questions", default="gsm8k", help="gsm8k (its training set) or a JSONL file")
     add("--samples", type=positive, default=40, help="solutions per question")
     add("--chat", action="store_true", help="use /chat/completions instead of /completions")
     prompts = parser.add_mutually_exclusive_group()
@@ -492,8 +455,17 @@ def parse_arguments():
 def main():
     """Ask for the missing answers, then write the right ones and print the accuracies."""
     args = parse_arguments()
-    from_gsm8k = args.questions == "gsm8k"
-    problems = load("gsm8k", "train", args.data) if from_gsm8k else read_problems(args.questions, read_gsm8k)
+    problems = (load("gsm8k", "train", args.data) if args.questions == "gsm8k"
+                else read_problems(args.questions, parse_gsm8k))
     problems = {problem.question: problem for problem in problems[: args.limit]}
     log = ResponseLog(args.out.with_name(args.out.name + ".answers.jsonl"))
-    ...
+    if not args.write_only:
+        prompt, client = make_prompt(args), CompletionClient(args)
+        names = ("model", "chat", "temperature", "max_tokens", "stop")
+        settings = {**{name: vars(args)[name] for name in names}, "prompt": prompt("{question}")}
+        with log.open(settings):
+            sample(client, log, problems, prompt, args)
+    print(write_records(log, problems, args))
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,310 +1,237 @@
-"""Speed against other implementations in the same run: ratios, medians of alternating repetitions.
+"""Compare speed and memory with other implementations in one run.
 
-    python tests/bench.py                        everything, in minutes
-    python tests/bench.py decode loading         some of it
+    python tests/bench.py                        everything; about a quarter of an hour
+    python tests/bench.py decode loading         two of the benchmarks
 
-Not a test: nothing here fails because it is slow. It wants transformers, ctranslate2 and editdistance installed, and
-the real data at REAL_DATA (see conftest.py). All models have random weights, of flan-t5-small's shape unless it says
-otherwise, in one file that every implementation reads. transformers runs in this process. CTranslate2 runs in one of
-its own, and once more in this one: it brings another OpenMP, and two of them in a process slow each other down.
+Every ratio is that of two medians over repetitions in which both sides take turns, so that a slow
+spell of the machine meets both. A ratio that misses its target fails nothing: this is not a test.
+The references are transformers, CTranslate2 and the Rust package spacy-alignments (pip install
+transformers ctranslate2 spacy-alignments); a benchmark whose reference is not installed is left
+out. REAL_DATA (see conftest.py) must contain T5's vocabulary and GSM8K.
+
+All models have random weights and, unless a row names another, the shape of flan-t5-small. Both
+sides read the same file and run in this process with the same number of threads. CTranslate2 has a
+process of its own, because it brings another OpenMP, and two of them slow each other down.
+
+OpenMP's threads wait between products as its own defaults say, for both sides: torch is imported
+before t5, whose settings for a busy machine then come too late, here and in the processes started
+from here. To measure with these settings, run it with OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000.
 """
 
 import argparse
-import contextlib
 import functools
-import multiprocessing
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import types
+import tracemalloc
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+CHILD_ENVIRONMENT = dict(os.environ)  # for started processes: without what t5 adds
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-
 from conftest import REAL_DATA, ROOT
-from align import align, align_batch
-from data.cpu import Linear, packed
-from data.memory import flan_config
-from data.rows import make_rows, training_records
-from eval import evaluate, load, math_prompt
-from specialize import FORMATS, SIZES, kl_loss, nll_loss, plan_epoch, source
-from t5 import EOS, PAD, T5, Tokenizer, pad
+from torch.profiler import ProfilerActivity, profile
 
-for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):  # set by specialize.py, too late for this process; not for those it starts
-    os.environ.pop(name, None)
+import numpy as np
+from align import align_batch, normalize
+from eval import evaluate, load, math_prompt, math_target
+from specialize import FORMATS, SIZES, Record, batch_loss, build_examples, encode_prompt, kl_loss
+from specialize import make_batches, make_optimizer
+from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, packed_weights, pad_sequences
 
+# d_model, d_kv, d_ff, num_layers, num_heads of FlanT5
+SHAPES = {"small": (512, 64, 1024, 8, 6), "base": (768, 64, 2048, 12, 12)}
+DATASETS, T5_VOCABULARY = REAL_DATA / "datasets", REAL_DATA / "tokenizers" / "t5"
+scratch = tempfile.TemporaryDirectory()  # for models; deleted at exit
+
+# --- measuring ---
 
 def medians(*functions, repeat):
-    """Median seconds of each function; they take turns, so that a slow spell of the machine meets all of them."""
-    times = [[] for _ in functions]
+    """Return the median seconds of each function over repetitions in which they take turns."""
+    times = []
     for _ in range(repeat):
-        for function, kept in zip(functions, times):
+        for function in functions:
             start = time.perf_counter()
             function()
-            kept.append(time.perf_counter() - start)
-    return [float(np.median(kept)) for kept in times]
+            times.append(time.perf_counter() - start)
+    return np.median(np.reshape(times, (repeat, -1)), axis=0).tolist()
 
+def tensor_peak(function):
+    """Return the most memory (bytes) that a call's tensors took beyond what existed before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = record.profiler.kineto_results.events()
+    events = [event for event in events if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(np.cumsum([event.nbytes() for event in events]))
 
 def seconds(value):
-    """Seconds as a person reads them."""
-    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
+    """Format a time."""
+    return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
-
-def faster(what, ours, theirs, target):
-    """A line of the table: how many times as fast as a reference."""
+def speedup(what, ours, theirs, target):
+    """Return a row of the table: how many times as fast as a reference."""
     return what, seconds(ours), seconds(theirs), f"{theirs / ours:.2f}x", target
 
+def megabytes(value):
+    """Format an amount of memory."""
+    return f"{value / 1e6:.0f} MB"
+
+def share(what, ours, theirs, unit, target):
+    """Return a row of the table: which share of a reference's time or memory is needed."""
+    return what, unit(ours), unit(theirs), f"{ours / theirs:.2f}", target
+
+def note(text):
+    """Return a row of the table that only holds a sentence."""
+    return text, "", "", "", ""
+
+# --- models and sources ---
 
 @functools.cache
 def checkpoint(size):
-    """A folder with a random model of this size, its tensors in the order in which transformers stores them."""
+    """Return a folder with a random model whose greedy decoding never ends by itself.
+
+    It is saved by transformers, so the order of its tensors is that of the hub's files.
+    """
     import transformers
 
+    d_model, d_kv, d_ff, num_layers, num_heads = SHAPES[size]
+    config = T5Config(d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_layers=num_layers,
+                      num_heads=num_heads, feed_forward_proj="gated-gelu",
+                      tie_word_embeddings=False)
     torch.manual_seed(0)
     folder = Path(scratch.name) / size
-    model = T5(flan_config(size))
-    with torch.no_grad():
-        model.lm_head.weight[EOS] = 0  # a greedy decoder never ends of itself
-    model.save_pretrained(folder / "ours")
-    transformers.T5ForConditionalGeneration.from_pretrained(folder / "ours").save_pretrained(folder)
+    model = T5(config)
+    model.lm_head.weight.data[EOS] = 0
+    model.save_pretrained(folder)
+    transformers.logging.disable_progress_bar()
+    transformers.T5ForConditionalGeneration.from_pretrained(folder).save_pretrained(folder)
+    Tokenizer(T5_VOCABULARY).save(folder)
     return folder
 
+def both_models(dtype=torch.float32):
+    """Return the small model here and in transformers."""
+    folder = checkpoint("small")
+    from transformers import T5ForConditionalGeneration
 
-def reference(size="small", dtype=torch.float32):
-    """The same model in transformers."""
-    import transformers
+    theirs = T5ForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+    return T5.from_pretrained(folder, dtype=dtype), theirs
 
-    transformers.logging.disable_progress_bar()
-    return transformers.T5ForConditionalGeneration.from_pretrained(checkpoint(size), dtype=dtype).eval()
-
-
-@functools.cache
-def translator_folder():
-    """The same model as CTranslate2 stores it."""
-    from ctranslate2.converters import Converter
-    from ctranslate2.converters.transformers import T5Loader
-
-    vocabulary = ["<pad>", "</s>", "<unk>", *(f"{i}" for i in range(3, 32128))]
-    tokenizer = types.SimpleNamespace(
-        pad_token="<pad>", eos_token="</s>", unk_token="<unk>", convert_ids_to_tokens=vocabulary.__getitem__,
-        get_vocab=lambda: {token: i for i, token in enumerate(vocabulary)},
-    )  # fmt: skip
-
-    class FromMemory(Converter):
-        def _load(self):
-            with torch.no_grad():
-                return T5Loader()(reference(), tokenizer)
-
-    return FromMemory().convert(str(Path(scratch.name) / "ctranslate2"))
-
-
-class Translator:
-    """CTranslate2 on sources; a method can be called in another process."""
-
-    def __init__(self, folder, compute_type, threads, tokens):
-        import ctranslate2
-
-        self.translator = ctranslate2.Translator(folder, compute_type=compute_type, inter_threads=1, intra_threads=threads)
-        self.tokens = tokens
-
-    def translate(self):
-        self.translator.translate_batch(
-            self.tokens, beam_size=1, max_decoding_length=64, min_decoding_length=64, max_input_length=0
-        )
-
-
-def serve(connection, *arguments):
-    """Make a Translator here and let it work whenever the connection says so."""
-    translator = Translator(*arguments)
-    with contextlib.suppress(EOFError):
-        while connection.recv():
-            translator.translate()
-            connection.send(True)
-
-
-@contextlib.contextmanager
-def in_a_process_of_its_own(*arguments):
-    """A function that has the Translator of these arguments translate in another process, and waits for it."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, *arguments))
-    process.start()
-    there.close()  # so that recv() raises EOFError where the process has died
-
-    def translate():
-        here.send(True)
-        here.recv()
-
-    try:
-        translate()
-        yield translate
-        here.send(False)
-    finally:
-        here.close()
-        process.join()
-
-
-def source_ids(B=8, S=256):
-    """Random sources without padding."""
+def random_ids(B=8, S=256):
+    """Draw ids (B, S) without padding."""
     return torch.randint(3, 32000, (B, S), generator=torch.Generator().manual_seed(1))
 
+def cpu_has_bf16():
+    """Return whether the CPU multiplies bf16 matrices by AVX512-BF16."""
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
-def operations(config, B, S, T):
-    """Those of a forward pass by the shapes of its products: (of the source, of the target)."""
-    D, inner, layers = config.d_model, config.d_kv * config.num_heads, config.num_layers
-    ff = 3 * config.d_ff * D
-    source = layers * (4 * D * inner + ff + 2 * D * inner)  # weights: encoder, and the keys and values made of it
-    target = layers * (6 * D * inner + ff) + config.vocab_size * D
-    attention = 4 * B * layers * inner
-    return 2 * B * S * source + attention * S * S, 2 * B * T * target + attention * T * (T + S)
-
-
-def step_bytes(config, B, S, T, size):
-    """What a decoding step reads: the decoder's weights, the head, keys and values of source and of T tokens, each of
-    `size` bytes."""
-    D, inner, layers = config.d_model, config.d_kv * config.num_heads, config.num_layers
-    weights = layers * (6 * D * inner + 3 * config.d_ff * D) + config.vocab_size * D
-    return size * (weights + B * layers * 2 * inner * (S + T))
-
-
-@functools.cache
-def machine():
-    """What the machine does at best: matrix products in operations a second, in fp32 and in bf16, and reading memory in
-    bytes a second."""
-    a, b, big = torch.randn(2048, 512), torch.randn(2048, 512), torch.randn(16, 2**22)
-    product, half, read = medians(
-        lambda: F.linear(a, b), lambda: F.linear(a.bfloat16(), b.bfloat16()), lambda: big.sum(), repeat=15
-    )
-    return 2 * 2048**2 * 512 / product, 2 * 2048**2 * 512 / half, big.numel() * 4 / read
-
-
-def bench_roofline(args):
-    """What the machine does at best, and the time that the work of `train` and `decode` needs at that rate."""
-    rate, half, bandwidth = machine()
-    source, target = operations(flan_config("small"), 8, 256, 96)
-    step = step_bytes(flan_config("small"), 8, 256, 32, 4)
-    yield "matrix product", f"{rate / 1e9:.0f} GFLOP/s", f"bf16 {half / 1e9:.0f}", "", ""
-    yield "memory read", f"{bandwidth / 1e9:.1f} GB/s", "", "", ""
-    yield "  training step at that rate", seconds(3 * (source + target) / rate), f"{3 * (source + target) / 1e9:.0f} GFLOP", "", ""
-    yield "  source at that rate", seconds(source / rate), f"{source / 1e9:.0f} GFLOP", "", ""
-    yield "  decoding step at that bandwidth", seconds(step / bandwidth), f"{step / 1e6:.0f} MB", "", ""
-
-
-def bench_gpu(args):
-    """What limits a GPU of 312 TFLOP/s in bf16, 2 TB/s and 5 microseconds to launch a kernel: arithmetic, nothing run.
-
-    Training: an in-context chain-of-thought micro-batch of the paper's rows, 600 + 125 tokens each. AdamW reads weights,
-    gradients and two moments and writes all but the gradients. Decoding: 64 prompts of 100 tokens, at the 64th token;
-    30 kernels a layer.
-    """
-    for size in ("small", "base", "large", "xl", "xxl"):
-        config = flan_config(size)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in T5(config).parameters())
-        training = 3 * sum(operations(config, SIZES[size]["micro_batch"][0], 600, 125)) / 312e12
-        yield f"{size}: products of a training micro-batch", seconds(training), "", "", ""
-        yield "  weights, gradients and moments in fp32", f"{16 * parameters / 1e9:.1f} GB", "", "", ""
-        yield "  a pass of AdamW", seconds(28 * parameters / 2e12), "", "", ""
-        yield "  bytes of a decoding step", seconds(step_bytes(config, 64, 100, 64, 2) / 2e12), "", "", ""
-        yield "  launches of a decoding step", seconds(30 * config.num_decoder_layers * 5e-6), "", "", ""
-
+# --- training and decoding ---
 
 def bench_train(args):
-    """Forward, backward, clipping and AdamW, with dropout, on B 8, S 256, T 96."""
-    sources, labels = source_ids(), source_ids(S=96)
-    mask, decoder_input_ids = torch.ones_like(labels, dtype=torch.bool), F.pad(labels, (1, -1), value=PAD)
+    """Time forward pass, backward pass, clipping and AdamW, with dropout: B 8, S 256, T 96."""
+    sources, labels = random_ids(), random_ids(S=96)
+    batch = {"input_ids": sources, "labels": labels, "loss_mask": labels != PAD,
+             "decoder_input_ids": F.pad(labels, (1, -1), value=PAD)}
 
-    def step(model, loss, autocast=False):
-        optimizer = torch.optim.AdamW(model.train().parameters(), fused=True)
+    def our_loss(model):
+        return batch_loss(model, batch, "nll")
 
-        def run():
-            with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-                value = loss(model)
-            value.backward()
+    def their_loss(model):
+        return model(input_ids=sources, attention_mask=sources != PAD, labels=labels).loss
+
+    def training_step(model, loss_of, bf16=False):
+        optimizer = make_optimizer(model.train().parameters(), "adamw", 0.01)
+
+        def step():
+            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+                loss = loss_of(model)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
-        run()
-        return run
+        step()  # creates the optimizer's state
+        return step
 
-    our_loss = lambda model: nll_loss(model(sources, sources != PAD, decoder_input_ids), labels, mask)
-    their_loss = lambda model: model(input_ids=sources, attention_mask=sources != PAD, labels=labels).loss
-    ours, theirs = step(T5.from_pretrained(checkpoint("small")), our_loss), step(reference(), their_loss)
-    mine, other = medians(ours, theirs, repeat=args.repeat)
-    yield faster("training step, fp32 / transformers", mine, other, "1.2x")
-    if torch.cpu._is_avx512_bf16_supported():
-        autocast = step(T5.from_pretrained(checkpoint("small")), our_loss, autocast=True)
-        yield faster("training step, bf16 autocast / own fp32", *medians(autocast, ours, repeat=args.repeat), "1.5x")
-    else:
-        yield "training step, bf16 autocast / own fp32", "no AVX512-BF16", "", "", "1.5x"
-
-
-def pack_and_drop(model):
-    """Pack the weights that decoding uses, and drop them."""
-    with packed(model.decoder, model.lm_head):
-        pass
-
+    model, reference = both_models()
+    ours, theirs = training_step(model, our_loss), training_step(reference, their_loss)
+    times = medians(ours, theirs, repeat=args.repeat)
+    yield speedup("training step, fp32 / transformers", *times, "1.5x")
+    if not cpu_has_bf16():
+        yield note("training step, bf16: left out, this CPU has no AVX512-BF16")
+        return
+    autocast = training_step(both_models()[0], our_loss, bf16=True)
+    times = medians(autocast, ours, repeat=args.repeat)
+    yield speedup("training step, bf16 autocast / own fp32", *times, "")
 
 def bench_decode(args):
-    """Greedy, B 8, S 256, 64 tokens. Our weights are packed before, as evaluate() does."""
-    sources = source_ids()
-    tokens = [[str(i) for i in row] for row in sources.tolist()]
-    options = dict(attention_mask=torch.ones_like(sources), max_new_tokens=64, min_new_tokens=64, do_sample=False)
-    models = {}
-    for dtype, compute_type, targets in ((torch.float32, "float32", ("1.3x", "1x")), (torch.bfloat16, "int8", ("1.4x", "1x"))):
-        ours, theirs = T5.from_pretrained(checkpoint("small"), dtype=dtype), reference(dtype=dtype)
-        name = str(dtype).removeprefix("torch.")
-        arguments = translator_folder(), compute_type, args.threads, tokens
-        models[name] = ours, arguments
-        with packed(ours.decoder, ours.lm_head), in_a_process_of_its_own(*arguments) as other:
-            mine, one, two = medians(
-                lambda: ours.generate(sources, max_new_tokens=64), lambda: theirs.generate(sources, **options), other, repeat=args.repeat
-            )
-        yield faster(f"decoding, {name} / transformers", mine, one, targets[0])
-        yield faster(f"decoding, {name} / CTranslate2 {compute_type}", mine, two, targets[1])
-        yield "  packing the weights, once for all batches", seconds(*medians(lambda: pack_and_drop(ours), repeat=args.repeat)), "", "", ""
-    for name, (ours, arguments) in models.items():  # last: CTranslate2's OpenMP stays in this process
-        with packed(ours.decoder, ours.lm_head):
-            mine, two = medians(
-                lambda: ours.generate(sources, max_new_tokens=64), Translator(*arguments).translate, repeat=args.repeat
-            )
-        yield faster(f"  the same in one process, {name} / CTranslate2 {arguments[1]}", mine, two, "1x")
+    """Time greedy decoding: B 8, S 256, 64 tokens. Weights are packed before, as by evaluate()."""
+    sources = random_ids()
+    options = {"attention_mask": torch.ones_like(sources), "max_new_tokens": 64,
+               "min_new_tokens": 64, "do_sample": False}
+    for dtype, name, target in ((torch.float32, "fp32", "1.3x"), (torch.bfloat16, "bf16", "")):
+        if name == "bf16" and not cpu_has_bf16():
+            yield note("decoding, bf16: left out, this CPU has no AVX512-BF16")
+            continue
+        model, reference = both_models(dtype)
+        ours = functools.partial(model.generate, sources, max_new_tokens=64)
+        theirs = functools.partial(reference.generate, sources, **options)
+        with packed_weights(model.decoder, model.lm_head):
+            times = medians(ours, theirs, repeat=args.repeat)
+            yield speedup(f"decoding, {name} / transformers, {name}", *times, target)
+            if name == "fp32" and importlib.util.find_spec("ctranslate2"):
+                with ctranslate2(sources, args.threads) as theirs:
+                    times = medians(ours, theirs, repeat=args.repeat)
+                yield speedup("decoding, fp32 / CTranslate2, fp32, in its own process", *times, "")
+            elif name == "fp32":
+                yield note("decoding / CTranslate2: left out, ctranslate2 is not installed")
 
+CTRANSLATE2 = """
+import json, sys, ctranslate2
+folder, threads = sys.argv[1], int(sys.argv[2])
+translator = ctranslate2.Translator(folder, compute_type="float32", intra_threads=threads)
+tokens = json.loads(sys.stdin.readline())
+for request in sys.stdin:
+    translator.translate_batch(tokens, beam_size=1, max_input_length=0,
+                               min_decoding_length=64, max_decoding_length=64)
+    print("done", flush=True)
+"""
 
-def bench_step(args):
-    """Where the time of `decode` in fp32 goes: the source, a step, of that the products and the attention to the source."""
-    model, sources = T5.from_pretrained(checkpoint("small")), source_ids()
-    blocks, mask = model.decoder.blocks, sources != PAD
-    layers = [m for module in (model.decoder, model.lm_head) for m in module.modules() if isinstance(m, Linear)]
-    inputs = {m: torch.randn(8, 1, m.in_features) for m in layers if not any(m is b.cross_attention.kv for b in blocks)}
-    with torch.inference_mode(), packed(model.decoder, model.lm_head):
-        memory, bias = model.source_keys_values(sources, mask)
-        q = torch.randn(8, memory.shape[3], 1, memory.shape[5])
-        attend = functools.partial(F.scaled_dot_product_attention, q, attn_mask=bias, scale=1.0)
-        source, one, all, products, attention = medians(
-            lambda: model.source_keys_values(sources, mask),
-            lambda: model.generate(sources, max_new_tokens=1),
-            lambda: model.generate(sources, max_new_tokens=64),
-            lambda: [layer(x) for layer, x in inputs.items()],
-            lambda: [attend(keys, values) for keys, values in memory],
-            repeat=3 * args.repeat,
-        )
-    yield "decoding: the source", seconds(source), "", "", ""
-    yield "  a step", seconds((all - one) / 63), "", "", ""
-    yield "    its products with weights, alone", seconds(products), "", "", ""
-    yield "    its attention to the source, alone", seconds(attention), "", "", ""
+@contextmanager
+def ctranslate2(sources, threads):
+    """Context manager: a function that decodes 64 tokens in a process that runs CTranslate2."""
+    folder = Path(scratch.name) / "ctranslate2"
+    pieces = Tokenizer(T5_VOCABULARY).pieces
+    convert = [sys.executable, "-m", "ctranslate2.converters.transformers",
+               "--model", checkpoint("small"), "--output_dir", folder]
+    subprocess.run(convert, capture_output=True, env=CHILD_ENVIRONMENT, check=True)
+    command = [sys.executable, "-c", CTRANSLATE2, folder, str(threads)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=CHILD_ENVIRONMENT) as process:
 
+        def translate(request="translate"):
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+            if process.stdout.readline() != "done\n":
+                raise RuntimeError("CTranslate2's process has ended")
+
+        tokens = json.dumps([[pieces[i] for i in row] for row in sources.tolist()])
+        translate(f"{tokens}\ntranslate")  # once untimed, because it loads the model first
+        yield translate
 
 def force_ends(ends):
-    """A logits processor by which row b, which its first token names, ends with its token number ends[b]."""
+    """Return a logits processor for (B, t) ids: row b ends with its token number ends[b].
+
+    The first token of a row is made to be 100 + b, which identifies the row later on.
+    """
 
     def process(ids, logits):
         t, rows = ids.shape[1], torch.arange(len(logits))
@@ -317,208 +244,194 @@ def force_ends(ends):
 
     return process
 
+def transformers_generate(model, sources, process, max_new_tokens):
+    """Decode greedily by transformers with a logits processor of force_ends()."""
+    processors = [lambda ids, logits: process(ids[:, 1:], logits)]  # without the start token
+    return model.generate(sources, attention_mask=sources != PAD, max_new_tokens=max_new_tokens,
+                          do_sample=False, logits_processor=processors)
 
 def bench_ends(args):
-    """256 tokens, B 32 of 64 to 256 source tokens, ends spread over all steps."""
+    """Time decoding of 256 tokens: B 32, 64 to 256 source tokens, ends at 8 to 256 tokens."""
     B = 32
-    sources = source_ids(B).where(torch.arange(256) < torch.linspace(64, 256, B)[:, None], PAD)
-    process = force_ends(torch.linspace(8, 256, B).long()[torch.randperm(B, generator=torch.Generator().manual_seed(2))])
-    for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = T5.from_pretrained(checkpoint("small"), dtype=dtype), reference(dtype=dtype)
-        mine, other = medians(
-            lambda: ours.generate(sources, max_new_tokens=256, logits_processor=process),
-            lambda: theirs.generate(
-                sources, attention_mask=sources != PAD, max_new_tokens=256, do_sample=False,
-                logits_processor=[lambda ids, logits: process(ids[:, 1:], logits)],
-            ),
-            repeat=1,
-        )  # fmt: skip
-        yield faster(f"256 tokens, ends at all steps, {str(dtype).removeprefix('torch.')} / transformers", mine, other, "2x")
+    lengths = torch.linspace(64, 256, B).long()
+    sources = random_ids(B).where(torch.arange(256) < lengths[:, None], PAD)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(2))
+    process = force_ends(torch.linspace(8, 256, B).long()[order])
+    model, reference = both_models()
+    with packed_weights(model.decoder, model.lm_head):
+        times = medians(
+            lambda: model.generate(sources, max_new_tokens=256, logits_processor=process),
+            lambda: transformers_generate(reference, sources, process, 256), repeat=args.repeat)
+    yield speedup("256 tokens, B 32, ends spread / transformers", *times, "2x")
 
+def bench_evaluation(args):
+    """Time an evaluation with four demonstrations: B 32, 128 new tokens.
 
-def solutions():
-    """GSM8K's solutions as (p50k_base tokens, T5 tokens)."""
-    import tiktoken
+    Outputs are made to end where the test set's own solutions end. The plain loop takes the
+    problems in the order of the file, and each of its batches runs until its last row ends.
+    """
+    tokenizer = Tokenizer(T5_VOCABULARY)
+    problems = load("gsm8k", "test", DATASETS)[: args.problems]
+    demonstrations = load("gsm8k", "train", DATASETS)[:4]
+    prompt = functools.partial(math_prompt, cot=True, demonstrations=demonstrations)
+    inputs = [tokenizer.encode(prompt(problem.question)) for problem in problems]
+    ends = [len(tokenizer.encode(problem.solution)) for problem in problems]
+    end_of = {tuple(ids): end for ids, end in zip(inputs, ends)}
+    model, reference = both_models()
+    generate = model.generate
 
-    teacher, student = tiktoken.get_encoding("p50k_base"), Tokenizer(REAL_DATA / "tokenizers" / "t5")
-    texts = [problem.solution for problem in load("gsm8k", "train", REAL_DATA / "datasets")]
-    return [([teacher.decode([i]) for i in teacher.encode(text)], student.split(text)) for text in texts]
+    def generate_until_ends(sources, **options):  # evaluate() has its own order of the problems
+        rows = [row[row != PAD] for row in sources]
+        process = force_ends(torch.tensor([end_of[tuple(row.tolist())] for row in rows]))
+        return generate(sources, **options, logits_processor=process)
 
+    model.generate = generate_until_ends
 
-def bench_align(args):
-    """One core: numpy's loops here are not threaded."""
-    import editdistance
+    def ours():
+        evaluate(model, tokenizer, problems, prompt, batch_size=32, max_new_tokens=128)
 
-    def plain(pair):
-        s, t = pair
-        f = [[float("inf")] * (len(t) + 1) for _ in range(len(s) + 1)]
-        f[0][0] = 0
-        for i in range(1, len(s) + 1):
-            for j in range(1, len(t) + 1):
-                f[i][j] = min(f[i - 1][j], f[i][j - 1], f[i - 1][j - 1]) + editdistance.eval(s[i - 1], t[j - 1])
-        i, j, path = len(s), len(t), []
-        while i and j:
-            path.append((i - 1, j - 1))
-            i, j = min((i - 1, j - 1), (i - 1, j), (i, j - 1), key=lambda place: f[place[0]][place[1]])
-        return path
+    def plain_loop():
+        for start in range(0, len(problems), 32):
+            batch = slice(start, start + 32)
+            process = force_ends(torch.tensor(ends[batch]))
+            for ids in transformers_generate(reference, pad_sequences(inputs[batch]), process, 128):
+                tokenizer.decode(ids)
 
-    pairs = solutions()[:2000]
-    ours, theirs = medians(lambda: align_batch(pairs), lambda: [plain(pair) for pair in pairs[:100]], repeat=args.repeat)
-    yield faster("align_batch, a GSM8K solution / editdistance", ours / 2000, theirs / 100, "20x")
-    long = [sum((pair[side] for pair in pairs[:40]), []) for side in (0, 1)]
-    for n in (50, 100, 200, 400, 800):
-        pair = long[0][:n], long[1][: round(n * len(long[1]) / len(long[0]))]
-        one, batch = medians(lambda: align(*pair), lambda: align_batch([pair]), repeat=args.repeat)
-        memory = f"{peak(lambda: align(*pair)) / 1e6:.1f} MB"
-        yield f"  {n} teacher tokens: align, align_batch, memory of align", seconds(one), seconds(batch), memory, "quadratic"
+    times = medians(ours, plain_loop, repeat=args.repeat)
+    what = f"evaluation, {len(problems)} GSM8K problems / a plain transformers loop"
+    yield speedup(what, *times, "1.8x")
 
+# --- loading, losses, alignment, padding ---
 
-def peak(function):
-    """The most memory that numpy or Python held for a call, in bytes."""
-    import tracemalloc
+REPORT = """
+import time
+ready = time.time()
+try:
+    kilobytes = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
+except OSError:  # not Linux
+    kilobytes = "nan"
+print(ready, kilobytes)
+"""
 
-    tracemalloc.start()
-    function()
-    _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    return most
+def bench_loading(args):
+    """Time from the start of a process to a loaded model of flan-t5-base's shape.
 
-
-def tensor_peak(function):
-    """The most memory of tensors that a call held beyond what was there before, in bytes."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    held, most = 0, 0
-    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
-
+    The peak memory is read from /proc, so it needs Linux.
+    """
+    folder = checkpoint("base")
+    model_class = "from t5 import T5", "from transformers import T5ForConditionalGeneration as T5"
+    codes = [f"{line}; T5.from_pretrained({str(folder)!r})" for line in model_class]
+    codes.append("import torch")
+    times, peaks = [], []
+    for _ in range(args.repeat + 1):
+        for code in codes:
+            start = time.time()
+            done = subprocess.run([sys.executable, "-c", code + REPORT], capture_output=True,
+                                  cwd=ROOT, text=True, env=CHILD_ENVIRONMENT, check=True)
+            ready, kilobytes = done.stdout.split()
+            times.append(float(ready) - start)
+            peaks.append(1024 * float(kilobytes))
+    # The first repetition may have read the file from the disk, so it does not count.
+    ours, theirs, torch_import = np.median(np.reshape(times, (-1, 3))[1:], axis=0)
+    what = f"loading base's shape ({seconds(torch_import)}: import torch) / transformers"
+    yield speedup(what, ours, theirs, "3x")
+    size = (folder / "model.safetensors").stat().st_size
+    yield share("loading, peak memory of the process / the file", peaks[-3], size, megabytes, "")
 
 def bench_loss(args):
-    """kl_loss against torch's own on a dense teacher: B 8, T 96, V 32,128, forward and backward."""
+    """Time kl_loss and a loss with a dense teacher, both passes: B 8, T 96, V 32,128."""
     torch.manual_seed(0)
     logits = torch.randn(8, 96, 32128, requires_grad=True)
-    ids, probs, mask = torch.randint(0, 32128, (8, 96, 5)), torch.rand(8, 96, 5) / 5, torch.ones(8, 96, dtype=torch.bool)
+    ids, probs = torch.randint(0, 32128, (8, 96, 5)), torch.rand(8, 96, 5) / 5
+    mask = torch.ones(8, 96, dtype=torch.bool)
 
     def ours():
         kl_loss(logits, ids, probs, mask).backward()
         logits.grad = None
 
-    def theirs():
+    def dense():
         p = torch.zeros(8, 96, 32128).scatter_add_(-1, ids, probs)
         q = logits.softmax(-1)
         (torch.xlogy(p, p) - p * q.log()).sum(-1).mean().backward()
         logits.grad = None
 
-    mine, other = medians(ours, theirs, repeat=args.repeat)
-    yield "kl_loss, time / dense", seconds(mine), seconds(other), f"{mine / other:.2f}", "0.4"
-    mine, other = tensor_peak(ours), tensor_peak(theirs)
-    yield "kl_loss, extra memory / dense", f"{mine / 1e6:.0f} MB", f"{other / 1e6:.0f} MB", f"{mine / other:.2f}", "0.4"
+    times = medians(ours, dense, repeat=3 * args.repeat)
+    yield share("kl_loss, time / dense", *times, seconds, "0.3")
+    peaks = tensor_peak(ours), tensor_peak(dense)
+    yield share("kl_loss, extra memory / dense", *peaks, megabytes, "0.3")
 
+def bench_align(args):
+    """Time the alignment of 2,000 GSM8K solutions with p50k_base; both sides use one core."""
+    import spacy_alignments
+    import tiktoken
 
-def bench_loading(args):
-    """From the start of a Python process to a model of flan-t5-base's shape that is ready; peak memory against the file."""
-    folder = checkpoint("base")
-    codes = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from t5 import T5; T5.from_pretrained({str(folder)!r})",
-        f"from transformers import T5ForConditionalGeneration as T5; T5.from_pretrained({str(folder)!r})",
-        "import torch",
-    )
-    # Linux's peak, in kB
-    tell = "; import time; print(time.time(), open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
-    times, memory = [[], [], []], {}
-    for i in [0, 1, 2] * (args.repeat + 1):
-        start = time.time()
-        done = subprocess.run([sys.executable, "-c", codes[i] + tell], capture_output=True, text=True, check=True)
-        ready, kilobytes = map(float, done.stdout.split())
-        times[i].append(ready - start)
-        memory[i] = kilobytes * 1024
-    ours, theirs, torch_alone = (float(np.median(kept[1:])) for kept in times)  # the first may have read from the disk
-    yield faster(f"loading ({seconds(torch_alone)} is import torch) / transformers", ours, theirs, "3x")
-    size = (folder / "model.safetensors").stat().st_size
-    yield "loading, peak memory / file", f"{memory[0] / 1e6:.0f} MB", f"{size / 1e6:.0f} MB", f"{memory[0] / size:.2f}", "1.2"
+    teacher, student = tiktoken.get_encoding("p50k_base"), Tokenizer(T5_VOCABULARY)
+    texts = [problem.solution for problem in load("gsm8k", "train", DATASETS)[:2000]]
+    pairs = [([teacher.decode([i]) for i in teacher.encode(text)], student.split(text))
+             for text in texts]
+    equal_texts = [(s, [piece.replace("▁", " ") for piece in t]) for s, t in pairs]
 
+    def ours():
+        normalize.cache_clear()
+        align_batch(pairs)
+
+    def theirs(pairs):
+        for s, t in pairs:
+            spacy_alignments.get_alignments(s, t)
+
+    functions = ours, lambda: theirs(pairs), lambda: theirs(equal_texts)
+    times = np.array(medians(*functions, repeat=3 * args.repeat)) / len(pairs)
+    yield speedup("align_batch, per GSM8K solution / spacy-alignments", *times[:2], "1.3x")
+    what = "  the same / spacy-alignments on pieces with ▁ as a space"
+    yield speedup(what, times[0], times[2], "1.3x")
 
 def bench_padding(args):
-    """The share of padding in an epoch's micro-batches of the size that the paper has for base."""
-    tokenizer, data = Tokenizer(REAL_DATA / "tokenizers" / "t5"), REAL_DATA / "datasets"
-    rows, _ = make_rows(training_records(None, data), tokenizer, list(FORMATS), "nll")
+    """Count the padding in an epoch's micro-batches of the paper's size for base."""
+    tokenizer, pool = Tokenizer(T5_VOCABULARY), load("gsm8k", "train", DATASETS)
+    solved = [replace(problem, solution=math_target(problem, cot=True)) for problem in pool]
+    records = [Record(problem, None, "GSM8K") for problem in solved]
+    examples, _ = build_examples(records, tokenizer, FORMATS, "nll")
     encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
-    length = lambda example: len(source(*example, encode)) + len(example[0].labels)
-    plan = plan_epoch(rows, load("gsm8k", "train", data), dict(zip(FORMATS, (25, 35, 40, 60))), length, 0, 0)
-    sides = (lambda example: len(source(*example, encode))), (lambda example: len(example[0].labels))
-    full = [sum(max(map(side, batch)) * len(batch) for batch in plan) for side in sides]
-    used = [sum(map(side, (example for batch in plan for example in batch))) for side in sides]
-    for what, share in (("padding, of all tokens", 1 - sum(used) / sum(full)), ("  of the targets alone", 1 - used[1] / full[1])):
-        yield what, f"{share:.1%}", "", "", "10%" if what[0] != " " else ""
+    sizes = dict(zip(FORMATS, SIZES["base"]["micro_batch_size"]))
+    used, total = np.zeros(2), np.zeros(2)  # of inputs, of targets
+    for batch in make_batches(examples, pool, encode, sizes, seed=0, epoch=0):
+        lengths = np.array([(len(encode_prompt(*pair, encode)), len(pair[0].labels))
+                            for pair in batch])
+        used += lengths.sum(axis=0)
+        total += lengths.max(axis=0) * len(batch)
+    yield "padding, share of all tokens", "", "", f"{1 - used.sum() / total.sum():.1%}", "10%"
+    yield "  share of the targets' tokens", "", "", f"{1 - used[1] / total[1]:.1%}", ""
 
+# --- the command ---
 
-def bench_evaluation(args):
-    """Four demonstrations before each question, 128 new tokens, B 32. Ends are forced where the test set's own solutions
-    end; the plain loop takes the problems as they come, and each batch goes on to its last row's end."""
-    tokenizer = Tokenizer(REAL_DATA / "tokenizers" / "t5")
-    data = REAL_DATA / "datasets"
-    problems, shots = load("gsm8k", "test", data)[: args.problems], load("gsm8k", "train", data)[:4]
-    prompt = functools.partial(math_prompt, cot=True, demonstrations=shots)
-    ours, theirs = T5.from_pretrained(checkpoint("small")), reference()
-    wanted = {prompt(p.question): len(tokenizer.encode(p.solution)) for p in problems}
-    generate = ours.generate
-
-    def ending(ids, **options):  # evaluate() calls generate() in its own order: which row is which, the ids tell
-        ends = torch.tensor([wanted[texts[tuple(row[row != PAD].tolist())]] for row in ids])
-        return generate(ids, **options, logits_processor=force_ends(ends))
-
-    texts = {tuple(tokenizer.encode(text)): text for text in wanted}
-    ours.generate = ending
-
-    def plain():
-        for start in range(0, len(problems), 32):
-            ids = pad([tokenizer.encode(prompt(problem.question)) for problem in problems[start : start + 32]])
-            process = force_ends(torch.tensor([wanted[prompt(p.question)] for p in problems[start : start + 32]]))
-            rows = theirs.generate(
-                ids, attention_mask=ids != PAD, max_new_tokens=128, do_sample=False,
-                logits_processor=[lambda ids, logits: process(ids[:, 1:], logits)],
-            )  # fmt: skip
-            [tokenizer.decode(row) for row in rows]
-
-    mine, other = medians(lambda: evaluate(ours, tokenizer, problems, prompt, batch_size=32, max_new_tokens=128), plain, repeat=1)
-    yield faster(f"evaluation, {len(problems)} GSM8K problems / plain transformers", mine, other, "2.5x")
-    config, (rate, _, bandwidth) = ours.config, machine()
-    sizes = [(len(tokenizer.encode(text)), min(tokens, 128)) for text, tokens in wanted.items()]  # of source and target
-    products = [sum(side) / rate for side in zip(*(operations(config, 1, *size) for size in sizes))]
-    reading = sum(4 * config.num_layers * 2 * config.num_heads * config.d_kv * S * T for S, T in sizes) / bandwidth
-    best = sum(products) + reading
-    for what, value in zip(("source's products", "target's products", "keys and values of the source"), (*products, reading)):
-        yield f"  {what} at the machine's best rate", seconds(value), "", "", ""
-    yield "  all of these, and the ratio that they allow", seconds(best), seconds(other), f"{other / best:.2f}x", ""
-
-
-BENCHES = {name.removeprefix("bench_"): function for name, function in list(globals().items()) if name.startswith("bench_")}
-
+BENCHMARKS = {
+    "train": bench_train, "decode": bench_decode, "ends": bench_ends,
+    "evaluation": bench_evaluation, "loading": bench_loading, "loss": bench_loss,
+    "align": bench_align, "padding": bench_padding,
+}
 
 def main():
-    """python tests/bench.py [NAME ...]"""
-    parser = argparse.ArgumentParser(description="Measure speed against other implementations.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)} (default: all)")
-    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=3, help="alternating repetitions (default: %(default)s)")
-    parser.add_argument("--problems", type=int, default=200, help="of the evaluation (default: %(default)s)")
+    """Print a table with a row per comparison."""
+    parser = argparse.ArgumentParser(description="Compare speed with other implementations.")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
+    add("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
+    add("--repeat", type=int, default=3, help="repetitions (default: %(default)s)")
+    add("--problems", type=int, default=200, help="evaluated problems (default: %(default)s)")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(BENCHES):
-        parser.error(f"no benchmark {', '.join(unknown)}: there are {', '.join(BENCHES)}")
+    if unknown := set(args.names) - set(BENCHMARKS):
+        parser.error(f"no benchmark {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
     torch.set_num_threads(args.threads)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes that it starts
-    print(f"{'what':<72}{'ours':>14}{'reference':>14}{'ratio':>9}  target   ({args.threads} threads)", flush=True)
-    for name in args.names or BENCHES:
-        for what, ours, theirs, ratio, target in BENCHES[name](args):
-            print(f"{what:<72}{ours:>14}{theirs:>14}{ratio:>9}  {target}", flush=True)
-
+    CHILD_ENVIRONMENT["OMP_NUM_THREADS"] = str(args.threads)
+    waiting = CHILD_ENVIRONMENT.get("OMP_WAIT_POLICY", "OpenMP's default")
+    print(f"{args.threads} threads, which wait by {waiting}; torch {torch.__version__}")
+    print(f"{'ours / reference':<62}{'ours':>9}{'reference':>11}{'ratio':>8}  target")
+    for name in args.names or BENCHMARKS:
+        try:
+            for what, ours, theirs, ratio, target in BENCHMARKS[name](args):
+                print(f"{what:<62}{ours:>9}{theirs:>11}{ratio:>8}  {target}", flush=True)
+        except (ImportError, UserError) as error:
+            print(f"{name}: left out, {error}")
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = types.SimpleNamespace(name=folder)
-        main()
+    main()
