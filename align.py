@@ -10,9 +10,9 @@ The cheapest path from (1, 1) to (L, N) visits (i, j) if s_i belongs to t_j: one
 diagonal step, many-to-one or one-to-many on the others. All depends on the cost c and on ties.
 
 Why not the edit distance of the two strings, as in the paper? It compares two strings and ignores
-where they occur in the text. If the teacher writes `a`, `$`, `12` and the student `▁a`, `▁$12`, then
-`$` and `12` cost 3 + 2 if both go to `▁$12`, but 2 + 2 if `$` goes to `▁a`: the wrong path is
-cheaper. Nor can it tell which of the many equal numbers of a solution is which.
+where they occur in the text. If the teacher writes `a`, `$`, `12` and the student `▁a`, `▁$12`,
+then `$` and `12` cost 3 + 2 if both go to `▁$12`, but 2 + 2 if `$` goes to `▁a`: the wrong path
+is cheaper. Nor can it tell which of the many equal numbers of a solution is which.
 
 Here the cost is minus the number of characters *of the text* that both tokens write:
 
@@ -85,7 +85,7 @@ def overlap_matrix(teacher, student):
     return overlap
 
 def shared_characters(teacher, student):
-    """Return the teacher token and the student token of each character that both write: (C,), (C,)."""
+    """Return the teacher token and the student token of each character that both write."""
     s_text, s_owner = char_to_token(teacher)
     t_text, t_owner = char_to_token(student)
     if s_text != t_text:

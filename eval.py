@@ -175,7 +175,8 @@ def load(task, split="test", folder=DEFAULT_DATA):
     are drawn with a fixed seed and are in random order, so that the first n are a sample. A BBH
     task has only a test part. Raises UserError naming the file and the problem."""
     if task not in DATASETS and task not in bbh_tasks(folder):
-        raise UserError(f"no task {task!r}; choose from {', '.join([*DATASETS, *bbh_tasks(folder)])}")
+        known = ", ".join([*DATASETS, *bbh_tasks(folder)])
+        raise UserError(f"no task {task!r}; choose from {known}")
     parts = ("validation", "test", "all") if task in DATASETS else ("test", "all")
     parts += ("train",) if task == "gsm8k" else ()
     if split not in parts:
@@ -644,31 +645,37 @@ def save_figure(figure, axes, path):
 def parse_arguments():
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        description="Evaluate T5 checkpoints on math problems and BIG-Bench Hard.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description="Evaluate T5 checkpoints on math problems and BIG-Bench Hard.")
     add, positive = parser.add_argument, in_range(int, above=0)
     add("models", nargs="+", metavar="MODEL", help="folders or hub names")
-    add("--tasks", default=",".join(DATASETS), help="math sets, bbh or names of BBH tasks")
-    add("--shots", type=int, default=0, choices=[0, 4], help="demonstrations before a math problem")
+    add("--tasks", help=f"of {', '.join(DATASETS)}, bbh and the names of BBH tasks, separated by "
+        "commas (default: the math sets)")
+    add("--shots", type=int, default=0, choices=[0, 4], help="demonstrations before a math problem "
+        "(default: 0; BBH has its own three)")
     add("--answer-only", dest="cot", action="store_false", help="prompt without chain of thought")
-    add("--samples", type=positive, default=1, help="outputs per problem for a majority vote")
-    add("--temperature", type=in_range(float, above=0), default=0.7, help="used with --samples")
+    add("--samples", type=positive, default=1, metavar="N", help="self-consistency: majority vote "
+        "over N sampled outputs (default: 1, greedy decoding)")
+    add("--temperature", type=in_range(float, above=0), default=0.7, help="sampling temperature "
+        "with --samples (default: 0.7)")
     add("--calculator", action="store_true", help="after '=', force the correct value")
     add("--data", type=Path, default=DEFAULT_DATA, help="folder of the problem sets")
-    add("--split", default="test", choices=["validation", "test", "all"], help="part of math sets")
-    add("--limit", type=positive, help="problems per task")
-    add("--batch-size", type=positive, default=32, help="problems per batch")
-    add("--max-new-tokens", type=positive, default=256, help="longest output")
-    add("--out", type=Path, default=Path("runs/predictions.jsonl"), help="file of predictions; those"
-        " in it are not generated again")
+    add("--split", default="test", choices=["validation", "test", "all"], help="part of the math "
+        "sets (default: test)")
+    add("--limit", type=positive, help="problems per task (default: all)")
+    add("--batch-size", type=positive, default=32, help="problems per batch (default: 32)")
+    add("--max-new-tokens", type=positive, default=256, help="longest output (default: 256)")
+    add("--out", type=Path, default=Path("runs/predictions.jsonl"), help="file of predictions; those "
+        "in it are not generated again (default: %(default)s)")
     add("--show", type=in_range(int), metavar="N", help="show N right and N wrong predictions per "
         "task of the files given as MODEL, and exit")
     add("--plot", type=Path, metavar="PICTURE", help="plot accuracy against model size, or the "
         "validation accuracies of one log.jsonl, given as MODEL")
-    add("--device", choices=["cpu", best_device()], default=best_device(), help="where to run")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the weights")
+    add("--device", choices=sorted({"cpu", best_device()}), default=best_device(),
+        help="where to run (default here: %(default)s)")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"],
+        help="type of the weights (default: %(default)s)")
     args = parser.parse_args()
-    args.tasks = [task.strip() for task in args.tasks.split(",")]
+    args.tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks else []
     return args
 
 def weights_hash(model):
@@ -685,6 +692,7 @@ def main():
         return
     if args.plot and args.models[0].endswith(".jsonl"):
         return trade_off_plot(args.plot, args.models[0])
+    args.tasks = args.tasks or list(DATASETS)
     known = [*DATASETS, "bbh", *bbh_tasks(args.data)]
     if unknown := [task for task in args.tasks if task not in known]:
         raise UserError(f"no task {unknown[0]!r}; choose from {', '.join(known)}")

@@ -372,6 +372,7 @@ class T5(nn.Module):
         if not scaled:
             tensors["lm_head.weight"] = self.lm_head.weight.data
         config = asdict(self.config) | FIXED | {"tie_word_embeddings": scaled}
+        config |= {"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}
         (folder / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_safetensors(tensors, folder / "model.safetensors.tmp")
         for name in ("config.json", "model.safetensors"):
@@ -404,10 +405,7 @@ def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
 # --- files: config.json, tensor names, weights ---
 
 # Settings that are the same in every T5, and Hugging Face's names for the parts named here.
-FIXED = {
-    "model_type": "t5", "is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"],
-    "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD,
-}
+FIXED = {"model_type": "t5", "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
 HF_NAMES = {
     "blocks": "block", "final_norm": "final_layer_norm",
     "self_norm": "layer.0.layer_norm", "self_attention": "layer.0.SelfAttention",
@@ -748,7 +746,7 @@ def main():
     add = parser.add_argument
     add("model", help="folder or hub name such as google/flan-t5-small")
     add("text", help="input, such as 'Q: What is 2 + 3? A:'")
-    add("--device", choices=["cpu", best_device()], default=best_device(), help="where to run")
+    add("--device", choices=sorted({"cpu", best_device()}), default=best_device(), help="where to run")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     add("--max-new-tokens", type=in_range(int, above=0), default=256, help="longest output")
     add("--temperature", type=in_range(float), default=0.0, help="0 decodes greedily")

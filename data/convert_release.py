@@ -7,7 +7,8 @@ The raw form has the teacher's own tokens. Its files are lists with one entry pe
     codex_questions.pkl          "Question 7: ..."; one question is listed twice
     codex_answers.pkl            "Answer: ... #### 72", GSM8K's own solution
     codex_predictions.pkl        a list of the teacher's solutions, each "Model output 3: ..."
-    codex_prediction_labels.pkl  a list of their labels, 1 if right; or codex_updated_labels.pkl
+    codex_prediction_labels.pkl  a list of their labels, 1 if right (or codex_updated_labels.pkl,
+                                 with 0 also for solutions that the authors could not align)
     codex_per_step_probs.pkl     a list of their tokens, each a list of six (token, probability)
                                  pairs: the token itself, then the teacher's five most probable
 
@@ -42,7 +43,7 @@ RAW += ["codex_per_step_probs.pkl"]
 ALIGNED = ["zero_shot_chain_of_thought.pkl", "in_context_chain_of_thought.pkl"]
 
 def main():
-    """Write the records to a temporary file, which gets its name when it is complete."""
+    """Convert a release; the output file gets its name only when it is complete."""
     parser = argparse.ArgumentParser(description="Convert the authors' release to teacher records.")
     parser.add_argument("folder", type=Path, help="folder of the release; subfolders are searched")
     parser.add_argument("out", type=Path, help="file to write, .jsonl or .jsonl.gz")
@@ -193,8 +194,9 @@ class PlainUnpickler(pickle._Unpickler):
     """Python's own unpickler, limited to the instructions that build plain data.
 
     A pickle is a program for a stack machine that can import and call; this one can only build
-    lists, tuples, dicts, OrderedDicts, strings, numbers, booleans and None. The items of a list are
-    handed out 1,000 at a time, since the release's 200 million do not fit into the memory.
+    lists, tuples, dicts, OrderedDicts, strings, numbers, booleans and None. Items of the outermost
+    list are handed out 1,000 at a time, and objects are dropped after their last use, since the 200
+    million objects of the release's largest file would not fit into memory.
     """
 
     def __init__(self, file):
@@ -202,9 +204,10 @@ class PlainUnpickler(pickle._Unpickler):
         self.read, self.readline = file.read, file.readline
         self.stack, self.metastack = [], []
         self.append = self.stack.append
-        self.count = 0  # of the objects numbered so far
-        # Keep only the objects that the pickle may refer to again: the first 256, by BINGET, and
-        # those after LONG_BINGET, even if that byte is part of a string and keeps one in vain.
+        self.count = 0  # objects that have a number so far
+        # Keep the objects that the pickle may refer to again: the first 256 (by BINGET), and those
+        # whose numbers follow the code of LONG_BINGET. If that byte is only part of a string, an
+        # object too many is kept.
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = re.compile(pickle.LONG_BINGET + rb"(?=(.{4}))", re.DOTALL).finditer
             self.wanted = {*range(256), *(int.from_bytes(m[1], "little") for m in found(data))}

@@ -3,8 +3,8 @@
     python data/sample_teacher.py --url http://localhost:8000/v1 --model NAME --out teacher.jsonl.gz
 
 A question becomes a prompt, a request, an answer, a line of the log and, if the answer is right, a
-teacher record (data/README.md). The log, OUT.answers.jsonl, gets every answer, right or wrong, the
-moment it arrives, so that a run that was stopped or killed asks only for what is missing.
+teacher record (data/README.md). The log, OUT.answers.jsonl, gets every answer when it arrives, so
+that a killed run asks only for what is missing. The API key is read from OPENAI_API_KEY.
 
 On --temperature: the paper's teacher was sampled at 0.5, but the probabilities in the authors' data
 are those of temperature 1. In 40 of their records the sampled token is the most probable one 92.3%
@@ -14,7 +14,6 @@ report either kind: vLLM's old engine applies the temperature first, its new one
 
 import argparse
 import collections
-import email.utils
 import gzip
 import http.client
 import itertools
@@ -25,9 +24,9 @@ import re
 import sys
 import threading
 import time
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
 from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,9 +63,9 @@ STATEMENT = re.compile(r"the answer is\W*\w.*", re.IGNORECASE)
 def parse_choice(choice):
     """Return one choice of a response as {solution, tokens, top_logprobs}.
 
-    The solution ends with the line that states the answer, as in the authors' data. If it was cut
-    off before that, at --max-tokens, finish_reason is "length". Without usable log-probabilities
-    there are no tokens and top_logprobs. Raises one of MALFORMED if the choice has no text.
+    The solution ends with the line that states the answer, as in the authors' data; finish_reason
+    is "length" if --max-tokens cut it off before that. The tokens are left out if their
+    log-probabilities are unusable. Raises one of MALFORMED if the choice has no text.
     """
     message = choice.get("message", choice)  # the forms of /chat/completions and of /completions
     text, reason = message.get("content", message.get("text")), choice.get("finish_reason")
@@ -135,7 +134,7 @@ def find_span(solution, tokens):
     Tokens of the model's thinking may come before it, a stop sequence or an end token after it.
     Whitespace is ignored, and with U+FFFD (part of a character) everything but ASCII.
     """
-    partial = any("\ufffd".encode() in token for token in tokens)
+    partial = "\ufffd".encode() in b"".join([*tokens, solution.encode()])
     ignored = rb"[^!-~]" if partial else rb"\s"
     visible = [re.sub(ignored, b"", token) for token in tokens]
     wanted = re.sub(ignored, b"", solution.replace("▁", " ").encode())
@@ -154,11 +153,12 @@ def write_records(log, problems, args):
     with (gzip.open if args.out.suffix == ".gz" else open)(unfinished, "wt") as file:
         for problem, answer in log.answers(problems, args.samples):
             cut_off = "finish_reason" in answer
-            empty = cut_off and not answer["solution"]
             extract = extract_number if isinstance(problem.answer, float) else extract_choice
-            votes[problem.question][None if cut_off else extract(answer["solution"])] += 1
+            final = None if cut_off else extract(answer["solution"])
+            votes[problem.question][final] += final is not None
             right = not cut_off and exact_match(answer["solution"], problem.answer)
-            counts.update({"all": 1, "right": right, "cut off": cut_off, "empty": empty})
+            counts.update({"all": 1, "right": right, "cut off": cut_off})
+            counts["empty"] += cut_off and not answer["solution"]
             if right:
                 record = {"question": problem.question, "answer": number_text(problem.answer)}
                 record |= answer
@@ -177,16 +177,14 @@ def write_records(log, problems, args):
 
 def summarize(counts, votes, problems):
     """Return the accuracies, and what was lost, as text."""
-    agreed = 0
-    for question, answers in votes.items():
-        answers.pop(None, None)  # no answer, no vote
-        agreed += max(answers, key=answers.get, default=None) == problems[question].answer
+    agreed = sum(max(answers, key=answers.get) == problems[question].answer
+                 for question, answers in votes.items())
     single, majority = counts["right"] / max(counts["all"], 1), agreed / max(len(votes), 1)
     text = f"{len(votes):,} questions, {counts['all']:,} answers: a single sample is right "
     text += f"{single:.2%} of the time, the majority vote (self-consistency) {majority:.2%}."
     if counts["cut off"]:
-        text += f"\n{counts['cut off']:,} answers were cut off at --max-tokens and count as wrong, "
-        text += f"{counts['empty']:,} of them while the model was still thinking.\n"
+        text += f"\n{counts['cut off']:,} answers were cut off at --max-tokens and count as wrong; "
+        text += f"{counts['empty']:,} of them are empty, as of a model that was still thinking.\n"
         text += "Use a larger --max-tokens and another --out, or turn thinking off."
     if counts["text only"]:
         text += f"\n{counts['text only']:,} right answers came without usable log-probabilities: "
@@ -200,11 +198,10 @@ TRANSIENT = ("(?i)^(no response|incomplete response|HTTP (408|409|425|429|50[^1]
              '"code": ?"?(429|5..)|rate.?limit|overload|timed?.?out|try.again')
 ADVICE = {  # what an error mentions -> what to do; the first match counts
     OUT_OF_CREDIT: "Add credit, then repeat the command.",
-    r"(?i)temperature|\bstop\b|max.tokens|context|too (long|large)":
-        "Change --temperature, --stop (no value: none), --max-tokens or --shots.",
+    "HTTP 4(00|13|22)": "Change what it names, such as --temperature, --stop or --max-tokens.",
     "(?i)HTTP 40[13]|api.?key": "Set OPENAI_API_KEY to a key that may use this model.",
     "(?i)HTTP 429|rate.?limit": "Lower --parallel, or repeat the command later.",
-    "(?i)HTTP 5|logprob": "Read the server's log. Try --no-logprobs, in case they are the cause.",
+    "(?i)HTTP 5|logprob": "Read its log. If log-probabilities are the cause, add --no-logprobs.",
     "HTTP|incomplete": "Check --url (it usually ends in /v1), --model, and if --chat is needed.",
     "": "Check that a server is running at this address.",
 }
@@ -212,8 +209,8 @@ ADVICE = {  # what an error mentions -> what to do; the first match counts
 class CompletionClient:
     """A model behind /completions or, with --chat, /chat/completions.
 
-    supports_logprobs: False once the server has refused log-probabilities. answered: number of
-    answers. refused: errors about single prompts. stopping: an event that ends ask().
+    supports_logprobs turns False when the server refuses them. answered counts answers, refused
+    collects errors about single prompts. When the event stopping is set, ask() returns.
     """
 
     def __init__(self, args):
@@ -257,7 +254,7 @@ class CompletionClient:
                 self.refused.append(self.explain(error))
                 return []
             else:
-                raise UserError(self.explain(error + f" ({retries} retries)" * (retries > 0)))
+                raise UserError(self.explain(error + f" (retries: {retries})" * (retries > 0)))
         return []
 
     def make_request(self, prompt, n):
@@ -307,10 +304,9 @@ class CompletionClient:
     def explain(self, error):
         """Return a message with the address, the server's words and what to do."""
         advice = next(advice for words, advice in ADVICE.items() if re.search(words, error))
-        parts = urlsplit(self.url)
-        if parts.scheme in getproxies() and not proxy_bypass(parts.hostname):
-            advice += f"\nRequests go through {parts.scheme}_proxy. If the server is local, "
-            advice += f"set no_proxy={parts.hostname}."
+        url = Request(self.url)
+        if url.type in getproxies() and not proxy_bypass(url.host):
+            advice += f"\n{url.type}_proxy is set. If the server is local, set no_proxy={url.host}."
         return f"{self.url}: {error}\n{advice}"
 
 def retry_after(header):
@@ -318,8 +314,7 @@ def retry_after(header):
     try:
         if re.fullmatch(r"[\d.]+", header):
             return min(float(header), 600.0)
-        date = email.utils.parsedate_to_datetime(header)
-        return min(date.timestamp() - time.time(), 600.0)
+        return min(parsedate_to_datetime(header).timestamp() - time.time(), 600.0)
     except (TypeError, ValueError):
         return 0.0
 
@@ -341,8 +336,7 @@ class ResponseLog:
         except (BlockingIOError, PermissionError):
             raise UserError(f"{self.path} is in use. Wait, or use another --out.") from None
         except (ImportError, OSError) as error:  # Windows, some network file systems
-            print(f"warning: {self.path} cannot be locked ({error}): never let two processes "
-                  "sample into it", file=sys.stderr)
+            print(f"warning: cannot lock {self.path}: {error}; run one process", file=sys.stderr)
         self.file.seek(0)
         complete = sum(len(line) for line in self.file if line.endswith(b"\n"))
         self.file.truncate(complete)  # drops a last line that a kill left unfinished
@@ -380,10 +374,7 @@ class ResponseLog:
 # --- the command ---
 
 def sample(client, log, problems, prompt, args):
-    """Ask for the missing answers, --parallel requests at a time, and log each as it arrives.
-
-    If it fails or is interrupted, the answers in flight are logged first: they are paid for.
-    """
+    """Ask for the missing answers, --parallel requests at a time; log those in flight at Ctrl-C."""
     have = collections.Counter(one.question for one, _ in log.answers(problems, args.samples))
     client.answered, errors = have.total(), []
     jobs = collections.deque((one, min(args.per_request, args.samples - done)) for one in problems
@@ -425,31 +416,29 @@ def sample(client, log, problems, prompt, args):
 
 def parse_arguments():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description="Sample chain-of-thought solutions from an OpenAI-compatible server. "
-        "The environment variable OPENAI_API_KEY may hold a key.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, positive = parser.add_argument, in_range(int, above=0)
     add("--url", required=True, help="address of the server, such as http://localhost:8000/v1")
     add("--model", required=True, help="name of the model on the server")
     add("--out", type=Path, required=True, help="teacher records to write (.jsonl or .jsonl.gz)")
-    add("--questions", default="gsm8k", help="gsm8k (its training set) or a JSONL file")
+    add("--questions", default="gsm8k", help="gsm8k, or a JSONL file of question, answer")
     add("--samples", type=positive, default=40, help="solutions per question")
     add("--chat", action="store_true", help="use /chat/completions instead of /completions")
     prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--shots", type=in_range(int), default=0, help="GSM8K demonstrations")
+    prompts.add_argument("--shots", type=in_range(int), default=0, help="demonstrations of GSM8K")
     prompts.add_argument("--prompt", type=Path, help="file with a prompt that contains {question}")
     add("--temperature", type=in_range(float), default=0.5, help="sampling temperature")
     add("--max-tokens", type=positive, default=256, help="maximum length of a solution")
     add("--stop", nargs="*", default=["\nQ:"], help="texts that end a solution")
     add("--no-logprobs", action="store_true", help="do not ask for log-probabilities")
     add("--parallel", type=positive, default=8, help="number of requests at a time")
-    add("--per-request", type=positive, default=1, help="solutions per request, if servers allow n")
+    add("--per-request", type=positive, default=1, help="answers per request, if servers know n")
     add("--retries", type=in_range(int), default=10, help="retries of a failed request")
     add("--timeout", type=in_range(float, above=0), default=600, help="seconds per request")
     add("--limit", type=positive, help="maximum number of questions")
     add("--data", type=Path, default=DEFAULT_DATA, help="folder of the problem sets")
-    add("--write-only", action="store_true", help="write the records of the answers so far")
+    add("--write-only", action="store_true", help="ask nothing; write the records so far")
     return parser.parse_args()
 
 def main():

@@ -3,9 +3,7 @@
 import builtins
 import collections
 import dataclasses
-import decimal
 import itertools
-import json
 import math
 import os
 import pickle
@@ -86,10 +84,9 @@ def test_real_records_survive_the_raw_form(tmp_path, real, convert):
     write_raw(tmp_path, records)
     assert content(convert(tmp_path)) == content(records)
 
-def test_a_probability_of_0_is_left_out_and_the_others_keep_their_digits(tmp_path, records, convert):
-    record = records[0]
-    token, top = record.steps[3]
-    write_raw(tmp_path, [record])
+def test_a_probability_of_0_is_left_out_and_others_keep_their_digits(tmp_path, records, convert):
+    token = records[0].steps[3][0]
+    write_raw(tmp_path, records[:1])
     pairs = [(token, 0.1234), (token, 0.1234), ("never", 0.0), ("rare", 0.0001)]
     edit(tmp_path / RAW[4], lambda steps: steps[0][0].__setitem__(5, pairs))
     (found,) = convert(tmp_path)
@@ -105,24 +102,19 @@ def test_only_solutions_labelled_right_are_taken_and_a_failure_is_named(
     assert "1 solutions could not be read, the first: " in printed and "13 records" in printed
     assert f"{RAW[4]}, question 3, solution 4: " in printed
 
-@pytest.mark.parametrize("steps", [[], [[]], None, 3, [[("a", "b")]], [[("a", -1)]], [[("a",)]],
-                                   [[(1, 0.5)]], [[("a", math.nan)]], [["ab"]], [[(["a"], 1.0)]]])
-def test_steps_of_any_other_form_are_counted_as_unreadable(
-        tmp_path, records, convert, capsys, steps):
-    write_raw(tmp_path, records)
-    edit(tmp_path / RAW[4], lambda all_steps: all_steps[1].__setitem__(0, steps))
-    assert content(convert(tmp_path)) == content(records[:5] + records[6:])
-    assert "1 solutions could not be read" in capsys.readouterr().out
+def test_steps_of_any_other_form_are_counted_as_unreadable(tmp_path, records, convert, capsys):
+    others = [[], [[]], [[("a", "b")]], [[("a", -1)]], [[("a",)]], [[(1, 0.5)]], [["ab"]],
+              [[("a", math.nan)]], [[(["a"], 1.0)]], None, 3]
+    write_raw(tmp_path, records[:1] * (len(others) + 1))
+    edit(tmp_path / RAW[4], lambda steps: steps[0].__setitem__(slice(1, None), others))
+    assert content(convert(tmp_path)) == content(records[:1])
+    assert "11 solutions could not be read" in capsys.readouterr().out
 
 def test_a_solution_with_part_of_a_character_takes_its_text_from_the_predictions(
         tmp_path, records, convert):
-    record = records[0]
-    record = dataclasses.replace(record, steps=list(record.steps))
-    euro = [(rf"bytes:\x{byte:02x}", {rf"bytes:\x{byte:02x}": 1.0}) for byte in " €".encode()]
-    record.steps[3:3] = euro
-    before = "".join(token for token, _ in record.steps[:3])
-    text = before + " €" + record.problem.solution.removeprefix(before)
-    record.problem = dataclasses.replace(record.problem, solution=text)
+    problem = dataclasses.replace(records[0].problem, solution="€ 20")
+    tokens = [rf"bytes:\x{byte:02x}" for byte in "€".encode()] + [" 20"]
+    record = dataclasses.replace(records[0], problem=problem, steps=[(t, {t: 1.0}) for t in tokens])
     write_raw(tmp_path, [record])
     assert content(convert(tmp_path)) == content([record])
 
@@ -164,18 +156,16 @@ def test_a_folder_without_a_release_says_what_is_missing(tmp_path, records, conv
 
 def aligned_rows(records, input_format):
     """Return records whose tokens are T5's pieces, and the authors' rows for them."""
-    tokenizer, rng = Tokenizer(TOY / "student"), random.Random(0)
-    expected, rows = [], []
+    tokenizer, expected, rows = Tokenizer(TOY / "student"), [], []
     for record in records:
-        pieces = tokenizer.split(record.problem.solution)
-        told = [{piece: 0.5, rng.choice(tokenizer.pieces): 0.25, "zero": 0.0} for piece in pieces]
-        told = [OrderedDict(top) if j % 2 else top for j, top in enumerate(told)]
-        question, answer = record.problem.question, record.problem.answer
-        row = {"question": input_format.format(question), "answer": record.problem.solution,
-               "answer_gold": f"Answer: So it is.\n#### {answer:g}\n", "answer_label": 1}
-        rows.append(row | {"per_step_probs": told})
-        steps = [(piece, {token: pytest.approx(p, rel=1e-5) for token, p in top.items() if p})
-                 for piece, top in zip(pieces, told)]
+        problem = record.problem
+        pieces = tokenizer.split(problem.solution)
+        row = {"question": input_format.format(problem.question), "answer": problem.solution,
+               "answer_gold": f"Answer: So it is.\n#### {problem.answer:g}\n", "answer_label": 1}
+        probs = [OrderedDict([(piece, 0.5), ("▁many", 0.2), ("zero", 0.0)]) for piece in pieces]
+        rows.append(row | {"per_step_probs": [{pieces[0]: 1.0}, *probs[1:]]})
+        steps = [(piece, pytest.approx({piece: 0.5, "▁many": 0.2}, rel=1e-5)) for piece in pieces]
+        steps[0] = (pieces[0], {pieces[0]: 1.0})
         expected.append(dataclasses.replace(record, steps=steps))
     return expected, rows
 
@@ -192,9 +182,8 @@ def test_the_aligned_form_gives_records_in_t5s_own_pieces(
 
 def test_a_piece_without_a_usable_distribution_gets_an_empty_one(tmp_path, records, convert):
     expected, rows = aligned_rows(records[:2], "Q: {}\nLet's think step by step")
-    told = rows[0]["per_step_probs"]
-    told[1:3] = [{"other": 0.5}, {expected[0].steps[2][0]: 0.0}]
-    del told[-1]
+    rows[0]["per_step_probs"][1:3] = [{"other": 0.5}, {expected[0].steps[2][0]: 0.0}]
+    del rows[0]["per_step_probs"][-1]
     rows[1]["per_step_probs"].append({"</s>": 1.0})
     write(tmp_path, ALIGNED[0], rows)
     for i in (1, 2, -1):
@@ -217,13 +206,12 @@ def test_the_raw_form_is_preferred_and_unreadable_rows_are_counted(
 def test_plain_data_come_out_as_python_reads_them(tmp_path, protocol):
     shared, token = [1, 2], "".join(["▁", "48"])
     plain = [
-        None, True, False, 0, 255, 256, -1, 2**31, -(2**70), 2**3000, 0.5, -1e300, "", "é", "\ud800",
-        "x" * 300, "y" * 70000, token, [], {}, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), shared,
-        shared, {"a": [shared, {"b": (token, 0.5)}], 1: 2}, [[[]]], OrderedDict(), [1],
-        OrderedDict([(token, 0.5), ("b", OrderedDict())]), list(range(2500)),
-        {str(i): i for i in range(2500)},
+        None, True, False, 0, 255, 256, -1, 2**31, -(2**70), 2**3000, 0.5, -1e300, "", "é",
+        "\ud800", "x" * 300, "y" * 70000, token, [], {}, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4),
+        shared, shared, {"a": [shared, {"b": (token, 0.5)}], 1: 2}, [[[]]], OrderedDict(),
+        OrderedDict([(token, 0.5), ("b", OrderedDict())]), {str(i): i for i in range(2500)},
     ]
-    for data in (plain, [], [plain], plain * 100, [[token, i] for i in range(3000)], [shared], [0]):
+    for data in (plain, [], [0], [shared], [plain], plain * 100, [[token, i] for i in range(3000)]):
         write(tmp_path, "p.pkl", data, protocol)
         found = list(read_list(tmp_path / "p.pkl"))
         assert found == data and [type(item) for item in found] == [type(item) for item in data]
@@ -233,23 +221,17 @@ def test_random_plain_data_come_out_as_python_reads_them(tmp_path):
     seen = [[]]  # values that may occur again, by reference
 
     def some(depth):
-        size = rng.choice([0, 1, 1, 2, 3, 4, 40])
-        kinds = [
-            rng.random, lambda: "j" * size, lambda: rng.choice(seen),
-            lambda: [some(depth + 1) for _ in range(size)],
-            lambda: tuple(some(depth + 1) for _ in range(size)),
-            lambda: {i: some(depth + 1) for i in range(size)},
-        ]
-        value = rng.choice(kinds[:3] if depth > 4 else kinds if depth else kinds[3:4])()
-        if depth > 2:
-            seen.append(value)
-        return value
+        if depth > 4 or depth and rng.random() < 0.4:
+            return rng.choice([rng.random(), "j" * rng.randrange(9), rng.choice(seen)])
+        items = [some(depth + 1) for _ in range(rng.choice([0, 1, 1, 2, 3, 4, 40]))]
+        value = rng.choice([list, tuple, lambda items: dict(enumerate(items))])(items)
+        seen.extend([value] * (depth > 2 and len(seen) < 50))
+        return value if depth else items
 
     for i in range(300):
         data = some(0)
         write(tmp_path, "p.pkl", data, 2 + i % 4)
         assert list(read_list(tmp_path / "p.pkl")) == data
-        del seen[50:]
 
 class Call:
     """Pickles as a call of a function."""
@@ -264,10 +246,8 @@ class Call:
 @pytest.mark.parametrize("data, name", [
     (Call(os.system, "touch ran"), f"{os.system.__module__}.system"),
     (Call(builtins.eval, "open('ran', 'w')"), "eval"),
-    (Call(decimal.Decimal, "1"), "decimal.Decimal"),
     (np.float64(0.5), "numpy"),
     (np.zeros(2), "numpy"),
-    (pytest.approx, "approx"),
     (collections.Counter("a"), "collections.Counter"),
 ])
 def test_anything_else_is_refused_by_name_and_not_run(tmp_path, monkeypatch, protocol, data, name):
@@ -304,7 +284,7 @@ def test_a_damaged_pickle_or_one_without_a_list_is_an_error(tmp_path):
         write(tmp_path, "p.pkl", data)
         with pytest.raises(UserError, match="p.pkl: not a complete list of plain data"):
             list(read_list(tmp_path / "p.pkl"))
-    for _ in range(2000):  # other bytes: an error or other data, never another exception
+    for _ in range(1000):  # other bytes: other data or a UserError, never another exception
         damaged = bytearray(complete)
         damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         (tmp_path / "p.pkl").write_bytes(damaged)
@@ -314,28 +294,25 @@ def test_a_damaged_pickle_or_one_without_a_list_is_an_error(tmp_path):
             pass
 
 def test_items_are_not_kept_after_they_are_handed_out(tmp_path):
-    write(tmp_path, "p.pkl", [[(str(i), j / 7) for j in range(20)] for i in range(6000)])
+    write(tmp_path, "p.pkl", [[(str(i), j / 7) for j in range(9)] for i in range(6000)])
 
     def peak(read):
         tracemalloc.start()
         read(read_list(tmp_path / "p.pkl"))
-        try:
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
 
     assert peak(lambda items: collections.deque(items, maxlen=0)) < peak(list) / 2
 
 # --- the command ---
 
-def test_the_command_writes_a_file_of_records(tmp_path, records, run):
+def test_the_command_writes_records_or_one_line_about_what_is_wrong(tmp_path, records, run):
     write_raw(tmp_path, records)
     done = run("data/convert_release.py", tmp_path, tmp_path / "out.jsonl")
     assert done.returncode == 0 and "Wrote 15 records" in done.stdout, done.stderr
-    lines = (tmp_path / "out.jsonl").read_text().splitlines()
-    keys = {"question", "answer", "solution", "tokens", "top_logprobs"}
-    assert len(lines) == 15 and all(json.loads(line).keys() == keys for line in lines)
+    assert content(read_teacher(tmp_path / "out.jsonl")) == content(records)
     (tmp_path / RAW[4]).write_bytes((tmp_path / RAW[4]).read_bytes()[:-100])
     done = run("data/convert_release.py", tmp_path, tmp_path / "other.jsonl")
     assert done.returncode == 1 and f"{RAW[4]}: not a complete list" in done.stderr
-    assert not list(tmp_path.glob("other*"))
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.glob("other*"))

@@ -1,6 +1,5 @@
-"""data/sample_teacher.py: against a misbehaving server on the loopback interface, and llama.cpp's."""
+"""data/sample_teacher.py: against a misbehaving server on this machine, and llama.cpp's."""
 
-import builtins
 import collections
 import errno
 import functools
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 
 import pytest
 
@@ -23,7 +23,6 @@ from conftest import ROOT, TOY, missing
 from eval import extract_number
 from specialize import parse_record, read_teacher
 from t5 import Tokenizer, UserError
-
 
 class Server(http.server.ThreadingHTTPServer):
     """Answers completions with choice(prompt, number of the answer).
@@ -37,11 +36,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.faults, self.requests, self.answered = [], [], 0
         self.most = 9  # answers to one request
         self.lock, self.url = threading.Lock(), f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()
 
     def handle_error(self, request, client_address):
         pass  # a client that was killed
-
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
@@ -73,9 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text)
 
-
 TOKENS = ["\n", "It", " costs", " £", "5", ".", " The", " answer", " is", " 72"]
-
 
 def completion(prompt="", number=0, last=" 72"):
     """A choice as completions servers give it: the sampled token need not be in the top list."""
@@ -84,20 +80,17 @@ def completion(prompt="", number=0, last=" 72"):
     logprobs = {"tokens": tokens, "token_logprobs": [-0.1] * 9 + [-4.0], "top_logprobs": top}
     return {"text": "".join(tokens), "logprobs": logprobs, "index": 0, "finish_reason": "stop"}
 
-
 def entry(token, logprob=-0.1, **top):
     """A token as chat servers give it; top: {other token: log-probability}."""
     one = {"token": token, "logprob": logprob, "bytes": list(token.encode())}
     others = [{"token": other, "logprob": value} for other, value in top.items()]
     return one | {"top_logprobs": [one, *others] if top else []}
 
-
 def chat(tokens, reason="stop", message=None):
     """A choice as chat servers give it, from its tokens' entries."""
     text = "".join(token["token"] for token in tokens)
     message = {"role": "assistant", "content": text} | (message or {})
     return {"message": message, "finish_reason": reason, "logprobs": {"content": tokens}}
-
 
 @pytest.fixture
 def serve():
@@ -113,7 +106,6 @@ def serve():
         server.shutdown()
         server.server_close()
 
-
 @pytest.fixture
 def questions(tmp_path):
     """A file of four questions, whose gold answers are written in three ways."""
@@ -124,13 +116,13 @@ def questions(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
-
 @pytest.fixture
 def ask(questions, tmp_path, monkeypatch, capsys):
     """ask(server, *arguments) -> what the command prints; its output is teacher.jsonl.gz."""
     monkeypatch.setattr(sample_teacher, "FIRST_WAIT", 0.001)
-    for name in ("http_proxy", "HTTP_PROXY", "OPENAI_API_KEY"):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies
 
     def ask(server, *arguments):
         monkeypatch.setattr(sys, "argv", command(server.url, questions, *arguments)[1:])
@@ -141,14 +133,12 @@ def ask(questions, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     return ask
 
-
 def command(url, questions, *arguments):
     """The command line that asks for three samples of each question."""
     given = ["--url", url, "--model", "m", "--questions", questions, "--out", "teacher.jsonl.gz",
              "--samples", 3]
     script = str(ROOT / "data" / "sample_teacher.py")
     return [sys.executable, script, *map(str, [*given, *arguments])]
-
 
 def log(folder):
     """{question: [answers]} of the log."""
@@ -158,15 +148,12 @@ def log(folder):
         found[request["question"]] += request["answers"]
     return found
 
-
 def records(folder):
     """The records written."""
     with gzip.open(folder / "teacher.jsonl.gz", "rt") as file:
         return [json.loads(line) for line in file]
 
-
 # --- the run ---
-
 
 def test_right_answers_become_records_and_the_accuracies_are_printed(serve, ask, tmp_path):
     lasts = {"one?": [" 72", " 72", " 9"], "two?": [" 72", " 9", " 9"],
@@ -186,7 +173,6 @@ def test_right_answers_become_records_and_the_accuracies_are_printed(serve, ask,
     assert path == "/v1/completions" and body["prompt"].endswith("?\nLet's think step by step")
     assert body["logprobs"] == 5 and "n" not in body and body["temperature"] == 0.5
 
-
 def test_transient_failures_are_retried_and_every_answer_comes_once(serve, ask, tmp_path):
     server = serve(completion)
     server.faults = [(429, b"slow down", {"Retry-After": "0.4"}), "drop", "cut", "half", "no text",
@@ -197,13 +183,11 @@ def test_transient_failures_are_retried_and_every_answer_comes_once(serve, ask, 
     counts = {question: len(answers) for question, answers in log(tmp_path).items()}
     assert counts == dict.fromkeys(("one?", "two?", "three?", "four?"), 3)
 
-
 def test_a_retry_after_header_is_a_number_or_a_date():
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert 25 < sample_teacher.retry_after(date) <= 30
     assert sample_teacher.retry_after(None) == sample_teacher.retry_after("soon") == 0
     assert sample_teacher.retry_after("1.5") == 1.5 and sample_teacher.retry_after("9999") == 600
-
 
 def test_a_permanent_failure_ends_the_run_and_keeps_the_answers(serve, ask, tmp_path):
     server = serve(completion)
@@ -211,13 +195,12 @@ def test_a_permanent_failure_ends_the_run_and_keeps_the_answers(serve, ask, tmp_
     with pytest.raises(UserError, match="HTTP 404.*no model m(.|\n)*the same command continues"):
         ask(server, "--parallel", 1)
     server.faults = ["drop"] * 3
-    with pytest.raises(UserError, match="no response.*2 retries"):
+    with pytest.raises(UserError, match="no response.*retries: 2"):
         ask(server, "--parallel", 1, "--retries", 2)
     assert sum(map(len, log(tmp_path).values())) == 2
     assert not (tmp_path / "teacher.jsonl.gz").exists()
     ask(server)
     assert server.answered == 12
-
 
 def test_a_refused_question_does_not_stop_the_others(serve, ask):
     server = serve(completion)
@@ -227,13 +210,11 @@ def test_a_refused_question_does_not_stop_the_others(serve, ask):
     server.faults = [(400, b"filtered", {})]
     assert "1 requests were refused" in ask(server, "--parallel", 1) and server.answered == 11
 
-
 def test_two_processes_do_not_sample_into_one_file(serve, ask, tmp_path):
     pytest.importorskip("fcntl")
     with sample_teacher.ResponseLog(tmp_path / "teacher.jsonl.gz.answers.jsonl").open({}):
         with pytest.raises(UserError, match="in use"):
             ask(serve(completion))
-
 
 @pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, None])
 def test_without_file_locks_it_warns_and_continues(serve, ask, monkeypatch, error):
@@ -243,17 +224,14 @@ def test_without_file_locks_it_warns_and_continues(serve, ask, monkeypatch, erro
     if error:
         monkeypatch.setattr("fcntl.flock", no_lock)
     else:  # as on Windows
-        real_import = builtins.__import__
         monkeypatch.setitem(sys.modules, "fcntl", None)
-        assert real_import is builtins.__import__
-    assert "cannot be locked" in ask(serve(completion))
-
+    assert "cannot lock" in ask(serve(completion))
 
 def test_a_killed_run_continues_without_losing_or_repeating_an_answer(
         serve, ask, questions, tmp_path):
     server = serve(completion, delay=0.15)
     process = subprocess.Popen(command(server.url, questions, "--parallel", 2), cwd=tmp_path,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               stderr=subprocess.DEVNULL)
     path = tmp_path / "teacher.jsonl.gz.answers.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < 5:
         assert process.poll() is None
@@ -271,7 +249,6 @@ def test_a_killed_run_continues_without_losing_or_repeating_an_answer(
     ask(server, "--samples", 5)
     assert set(map(len, log(tmp_path).values())) == {5}
 
-
 def test_ctrl_c_waits_for_the_answers_in_flight_and_exits_with_130(serve, questions, tmp_path):
     server = serve(completion, delay=0.5)
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells may ignore it
@@ -285,7 +262,6 @@ def test_ctrl_c_waits_for_the_answers_in_flight_and_exits_with_130(serve, questi
     assert process.returncode == 130 and "Traceback" not in printed
     assert "the same command continues" in printed
     assert sum(map(len, log(tmp_path).values())) == server.answered == len(server.requests)
-
 
 def test_write_only_asks_nothing_and_disturbs_no_other_process(serve, ask, tmp_path):
     server = serve(completion)
@@ -302,13 +278,11 @@ def test_write_only_asks_nothing_and_disturbs_no_other_process(serve, ask, tmp_p
     assert len(records(tmp_path)) == 2 and len(server.requests) == 3
     assert path.read_bytes() == content
 
-
 def test_answers_to_other_settings_are_not_mixed(serve, ask):
     server = serve(completion)
     ask(server)
     with pytest.raises(UserError, match='"temperature": 0.5'):
         ask(server, "--temperature", 1.0)
-
 
 def test_a_damaged_line_of_the_log_is_named(serve, ask, tmp_path):
     server = serve(completion)
@@ -317,7 +291,6 @@ def test_a_damaged_line_of_the_log_is_named(serve, ask, tmp_path):
     path.write_bytes(path.read_bytes() + b"[3]\n")
     with pytest.raises(UserError, match="answers.jsonl, line 14: .*Delete"):
         ask(server)
-
 
 def test_the_key_is_sent_and_never_shown(serve, ask, tmp_path, monkeypatch):
     server = serve(completion)
@@ -336,7 +309,6 @@ def test_the_key_is_sent_and_never_shown(serve, ask, tmp_path, monkeypatch):
         content = gzip.decompress(content) if path.suffix == ".gz" else content
         assert b"secret" not in content
 
-
 def test_several_solutions_per_request_and_a_server_that_gives_fewer(serve, ask, tmp_path):
     server = serve(completion)
     ask(server, "--per-request", 2, "--parallel", 1)
@@ -344,7 +316,6 @@ def test_several_solutions_per_request_and_a_server_that_gives_fewer(serve, ask,
     server.most = 1
     ask(server, "--per-request", 2, "--parallel", 1, "--samples", 5)
     assert set(map(len, log(tmp_path).values())) == {5} and server.answered == 20
-
 
 def test_demonstrations_and_own_prompts(serve, ask, tmp_path):
     server = serve(completion)
@@ -361,9 +332,7 @@ def test_demonstrations_and_own_prompts(serve, ask, tmp_path):
     with pytest.raises(UserError, match="no {question}"):
         ask(server, "--prompt", "prompt.txt")
 
-
 # --- refusals ---
-
 
 @pytest.mark.parametrize("status", [400, 403, 422])
 def test_a_server_that_refuses_log_probabilities_is_asked_without(serve, ask, tmp_path, status):
@@ -375,12 +344,10 @@ def test_a_server_that_refuses_log_probabilities_is_asked_without(serve, ask, tm
     assert "Continuing without" in printed
     assert ["logprobs" in body for _, _, body, _ in server.requests] == [True] * 4 + [False] * 12
 
-
 def test_a_flag_leaves_log_probabilities_out(serve, ask):
     server = serve(lambda prompt, number: {"text": "The answer is 72"})
     assert "Continuing without" not in ask(server, "--no-logprobs")
     assert not any("logprobs" in body for _, _, body, _ in server.requests)
-
 
 def test_max_tokens_is_renamed_for_servers_that_ask_for_it(serve, ask):
     words = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
@@ -390,12 +357,10 @@ def test_max_tokens_is_renamed_for_servers_that_ask_for_it(serve, ask):
     assert len(server.requests) == 13
     assert all(body["max_completion_tokens"] == 256 for _, _, body, _ in server.requests[1:])
 
-
 def test_an_empty_list_of_stop_sequences_is_left_out(serve, ask):
     server = serve(completion)
     ask(server, "--stop")
     assert not any("stop" in body for _, _, body, _ in server.requests)
-
 
 @pytest.mark.parametrize("fault, requests, words", [
     ((429, {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}, {}), 1,
@@ -414,24 +379,20 @@ def test_an_empty_list_of_stop_sequences_is_left_out(serve, ask):
     ((401, {"error": {"message": "No API key"}}, {}), 1, "No API key(.|\n)*OPENAI_API_KEY"),
     ((400, {"error": {"message": "'temperature' must be 1"}}, {}), 1, "(.|\n)*--temperature"),
     ("drop", 3, "no response(.|\n)*running"),
-])  # fmt: skip
+])
 def test_every_refusal_ends_with_the_servers_words_and_advice(serve, ask, fault, requests, words):
     server = serve(completion, refuse=lambda body: fault)
     with pytest.raises(UserError, match=words):
         ask(server, "--parallel", 1, "--retries", 2)
     assert len(server.requests) == requests
 
-
 def test_a_proxy_for_a_local_server_is_pointed_out(serve, ask, monkeypatch):
     server, proxy = serve(completion), serve(completion, refuse=lambda body: (502, b"no route", {}))
     monkeypatch.setenv("http_proxy", proxy.url)
-    monkeypatch.delenv("no_proxy", raising=False)
     with pytest.raises(UserError, match="no route(.|\n)*http_proxy.*no_proxy=127.0.0.1"):
         ask(server, "--retries", 0)
 
-
 # --- answers ---
-
 
 def test_chat_servers_give_the_same_records(serve, ask, tmp_path):
     parts = completion()["logprobs"]
@@ -446,13 +407,12 @@ def test_chat_servers_give_the_same_records(serve, ask, tmp_path):
     assert sample_teacher.parse_choice(choice) == sample_teacher.parse_choice(completion())
     assert next(read_teacher(tmp_path / "teacher.jsonl.gz")).steps[-1][0] == " 72"
 
-
 @pytest.mark.parametrize("parts", [
     [{"token": "bytes:\\xc2"}, {"token": "bytes:\\xa3"}],
     [{"token": "\\xc2", "bytes": [0xC2]}, {"token": "\\xa3", "bytes": [0xA3]}],
     [{"token": "<0xC2>"}, {"token": "<0xA3>"}],
     [{"token": "\ufffd"}, {"token": "\ufffd"}],
-])  # fmt: skip
+])
 def test_tokens_that_are_parts_of_a_character_keep_the_others_aligned(parts):
     tokens = [{"token": "It"}, {"token": " costs"}, {"token": " "}, *parts, {"token": "5"},
               {"token": ". It is 72"}]
@@ -471,7 +431,6 @@ def test_tokens_that_are_parts_of_a_character_keep_the_others_aligned(parts):
     expected = [0.90484, 0.90484, 1, 1, 0.90484, 0.8]
     assert probs[:, 0] == pytest.approx(expected, abs=1e-4)
 
-
 def test_sentencepiece_tokens_spell_the_text():
     tokens = ["▁She", "▁sold", "<0x0A>", "7", "2"]
     top = [{token: -0.1, "▁had": -2.5} for token in tokens]
@@ -482,8 +441,7 @@ def test_sentencepiece_tokens_spell_the_text():
     assert answer["top_logprobs"][2] == {"\n": -0.1, " had": -2.5}
     assert parse_record({"question": "q", "answer": "72", **answer}, "").steps
 
-
-def test_tokens_withheld_by_llama_cpp_are_told_apart_by_their_ids():
+def test_tokens_withheld_by_llama_cpp_are_recognized_by_their_ids():
     def step(token, own, number):
         return {"token": token, "id": number, "logprob": -0.1, "top_logprobs": [
             {"token": own, "id": number, "logprob": -0.1}, {"token": "x", "id": 9, "logprob": -3}]}
@@ -493,9 +451,9 @@ def test_tokens_withheld_by_llama_cpp_are_told_apart_by_their_ids():
         {"text": "It\nis 72", "finish_reason": "stop", "logprobs": {"content": content}})
     assert answer["tokens"] == ["It", "\n", "is", " 72"]
 
-
 def test_the_text_ends_with_the_line_that_states_the_answer():
-    tokens = [entry(token, x=-3.0) for token in ("So", ". The", " answer", " is", " 72", ".\n", "Q: 3")]
+    texts = ("So", ". The", " answer", " is", " 72", ".\n", "Q: 3")
+    tokens = [entry(text, x=-3.0) for text in texts]
     answer = sample_teacher.parse_choice(chat(tokens, reason="length"))
     assert answer["solution"] == "So. The answer is 72." and "finish_reason" not in answer
     assert answer["tokens"][-2:] == [" 72", ".\n"] and len(answer["top_logprobs"]) == 6
@@ -504,7 +462,6 @@ def test_the_text_ends_with_the_line_that_states_the_answer():
                        ("So the answer is", "So the answer is")):
         answer = sample_teacher.parse_choice({"text": text, "finish_reason": "stop"})
         assert answer == {"solution": kept}
-
 
 def test_answers_cut_off_at_max_tokens_are_wrong(serve, ask, tmp_path):
     texts = ["The total is $72", "The answer is 72", "The answer is 72\nQ: Tom"]
@@ -515,16 +472,14 @@ def test_answers_cut_off_at_max_tokens_are_wrong(serve, ask, tmp_path):
     assert {record["solution"] for record in records(tmp_path)} == {"The answer is 72"}
     assert len(records(tmp_path)) == 3
 
-
 @pytest.mark.parametrize("message", [
     {"content": None, "reasoning_content": "so 48 + 24"}, {"content": "<think>so 48 + 72"},
     {"reasoning": "so"}, {"content": [{"type": "thinking", "thinking": []}]}])
 def test_a_model_that_used_up_its_tokens_by_thinking_is_reported(serve, ask, message):
     choice = {"message": message, "finish_reason": "length"}
-    words = "12 of them while the model was still thinking.\n.*--max-tokens"
+    words = "12 of them are empty, as of a model that was still thinking.\n.*--max-tokens"
     with pytest.raises(UserError, match=words):
         ask(serve(lambda prompt, number: choice), "--chat")
-
 
 @pytest.mark.parametrize("content", [
     "It is 72", "<think>Is it 71?</think>\n\nIt is 72",
@@ -536,15 +491,13 @@ def test_thinking_is_removed_from_the_text_and_from_the_tokens(content):
     answer = sample_teacher.parse_choice(chat([*thought, *tokens], message={"content": content}))
     assert answer["solution"] == "It is 72" and answer["tokens"] == ["It", " is", " 72"]
 
-
 def test_log_probabilities_without_alternatives_are_not_a_distribution():
     for logprob in (-2.25, 0.0):
         answer = sample_teacher.parse_choice(chat([entry("It is", logprob), entry(" 72", logprob)]))
         assert answer == {"solution": "It is 72"}
     logprobs = {"tokens": ["72"], "token_logprobs": [-1.0], "top_logprobs": [{"72": -1.0}]}
-    answer = sample_teacher.parse_choice({"text": "72", "finish_reason": "stop", "logprobs": logprobs})
-    assert answer == {"solution": "72"}
-
+    choice = {"text": "72", "finish_reason": "stop", "logprobs": logprobs}
+    assert sample_teacher.parse_choice(choice) == {"solution": "72"}
 
 @pytest.mark.parametrize("unknown", [None, -9999.0, -math.inf])
 def test_an_unknown_value_of_the_sampled_token_does_not_replace_a_known_one(unknown):
@@ -554,12 +507,10 @@ def test_an_unknown_value_of_the_sampled_token_does_not_replace_a_known_one(unkn
     answer = sample_teacher.parse_choice(chat([entry("It", x=-3.0), sold, sixty]))
     assert answer["top_logprobs"][1:] == [{" is": -0.3, " was": -1.5}, {" 71": -0.3, " 7": -1.5}]
 
-
 def test_servers_without_log_probabilities_serve_for_likelihood(serve, ask, tmp_path):
     server = serve(lambda prompt, number: {"text": "The answer is 72"})
     assert "9 right answers came without usable log-probabilities" in ask(server)
     assert all(record.steps is None for record in read_teacher(tmp_path / "teacher.jsonl.gz"))
-
 
 def test_log_probabilities_that_training_would_refuse_are_left_out(serve, ask, tmp_path):
     choices = [completion(), completion(), completion()]
@@ -569,7 +520,6 @@ def test_log_probabilities_that_training_would_refuse_are_left_out(serve, ask, t
     assert "6 right answers came without" in ask(server, "--parallel", 1)
     with_steps = [one for one in read_teacher(tmp_path / "teacher.jsonl.gz") if one.steps]
     assert len(with_steps) == 3
-
 
 def test_an_answer_without_a_field_is_used_as_far_as_possible():
     complete = completion()["logprobs"]
@@ -585,7 +535,6 @@ def test_an_answer_without_a_field_is_used_as_far_as_possible():
         with pytest.raises(sample_teacher.MALFORMED):
             sample_teacher.parse_choice(choice)
 
-
 # --- public bug reports ---
 
 OUTCOMES = {  # the first words of a case's name -> what the run does with it
@@ -594,7 +543,6 @@ OUTCOMES = {  # the first words of a case's name -> what the run does with it
     "log-probabilities refused": "text", "log-probabilities break": "error",
     "max_tokens refused": "text", "no money": "error", "200 with": "error",
     "an empty list": "text", "SentencePiece": "distribution"}
-
 
 def test_cases_of_public_bug_reports(real, serve, ask, tmp_path):
     lines = (real / "cases" / "server_responses.jsonl").read_text().splitlines()
@@ -618,7 +566,6 @@ def test_cases_of_public_bug_reports(real, serve, ask, tmp_path):
             assert len(found) == 9, case["name"]
             assert all(("tokens" in one) == (outcome == "distribution") for one in found)
 
-
 # --- llama.cpp's server ---
 
 SERVE = """
@@ -630,7 +577,6 @@ server = xllamacpp.Server(params)
 print("address", server.listening_address, flush=True)
 time.sleep(600)
 """
-
 
 def write_gguf(path):
     """A random Llama of one layer that writes digits, words and single bytes."""
@@ -665,13 +611,12 @@ def write_gguf(path):
     writer.write_tensors_to_file()
     writer.close()
 
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """The address of llama.cpp's server with a random model."""
     try:
-        import gguf  # noqa: F401
-        import xllamacpp  # noqa: F401
+        import gguf
+        import xllamacpp
     except ImportError:
         missing("pip install xllamacpp gguf, the real server")
     folder = tmp_path_factory.mktemp("llama")
@@ -684,7 +629,6 @@ def llama(tmp_path_factory):
     yield line.split()[1] + "/v1"
     process.kill()
     process.wait()
-
 
 @pytest.mark.parametrize("arguments", [(), ("--chat",), ("--per-request", 2)])
 def test_a_real_server_gives_records_that_align(llama, ask, questions, tmp_path, arguments):
@@ -702,8 +646,8 @@ def test_a_real_server_gives_records_that_align(llama, ask, questions, tmp_path,
         for token, top in zip(answer.get("tokens", ()), answer.get("top_logprobs", ())):
             assert token in top and 2 <= len(top) <= 6
             assert sum(map(math.exp, top.values())) <= 1.001
-    told = [one for one in answers if "tokens" in one and "finish_reason" not in one]
-    gold = next(filter(None, (extract_number(one["solution"]) for one in told)))
+    usable = [one for one in answers if "tokens" in one and "finish_reason" not in one]
+    gold = next(filter(None, (extract_number(one["solution"]) for one in usable)))
     questions.write_text(json.dumps({"question": "one?", "answer": gold}))
     before = (tmp_path / "teacher.jsonl.gz.answers.jsonl").read_bytes()
     ask(server, *given)
