@@ -65,8 +65,7 @@ def parse_choice(choice):
 
     The solution ends with the line that states the answer, as in the authors' data; finish_reason
     is "length" if --max-tokens cut it off before that. The tokens are left out if their
-    log-probabilities are unusable. Raises one of MALFORMED if the choice has no text.
-    """
+    log-probabilities are unusable. Raises one of MALFORMED if the choice has no text."""
     message = choice.get("message", choice)  # the forms of /chat/completions and of /completions
     text, reason = message.get("content", message.get("text")), choice.get("finish_reason")
     if choice.get("error") or text is None and reason is None:
@@ -132,8 +131,7 @@ def find_span(solution, tokens):
     """Return the slice of the tokens that spell the solution; raises ValueError if none do.
 
     Tokens of the model's thinking may come before it, a stop sequence or an end token after it.
-    Whitespace is ignored, and with U+FFFD (part of a character) everything but ASCII.
-    """
+    Whitespace is ignored, and with U+FFFD (part of a character) everything but ASCII."""
     partial = "\ufffd".encode() in b"".join([*tokens, solution.encode()])
     ignored = rb"[^!-~]" if partial else rb"\s"
     visible = [re.sub(ignored, b"", token) for token in tokens]
@@ -210,8 +208,7 @@ class CompletionClient:
     """A model behind /completions or, with --chat, /chat/completions.
 
     supports_logprobs turns False when the server refuses them. answered counts answers, refused
-    collects errors about single prompts. When the event stopping is set, ask() returns.
-    """
+    collects errors about single prompts. When the event stopping is set, ask() returns."""
 
     def __init__(self, args):
         self.args, self.supports_logprobs = args, not args.no_logprobs
@@ -229,8 +226,7 @@ class CompletionClient:
         """Return one to n answers, or none if stopped or if the server refuses this prompt.
 
         Transient failures are retried after the server's Retry-After or with exponential backoff.
-        Raises UserError on permanent failures, or when the retries run out.
-        """
+        Raises UserError on permanent failures, or when the retries run out."""
         retries = 0
         while not self.stopping.is_set():
             request = self.make_request(prompt, n)

@@ -264,6 +264,7 @@ def test_ctrl_c_waits_for_the_answers_in_flight_and_exits_with_130(serve, questi
     assert sum(map(len, log(tmp_path).values())) == server.answered == len(server.requests)
 
 def test_write_only_asks_nothing_and_disturbs_no_other_process(serve, ask, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
     server = serve(completion)
     server.faults = [None, None, (404, b"stop here", {})]
     with pytest.raises(UserError, match="stop here"):
@@ -272,8 +273,7 @@ def test_write_only_asks_nothing_and_disturbs_no_other_process(serve, ask, tmp_p
     path.write_bytes(path.read_bytes() + b'{"question": "one?", "answ')  # just being written
     content = path.read_bytes()
     with open(path, "ab") as file:
-        if fcntl := pytest.importorskip("fcntl"):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         assert "2 answers" in ask(server, "--write-only")
     assert len(records(tmp_path)) == 2 and len(server.requests) == 3
     assert path.read_bytes() == content
