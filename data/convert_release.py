@@ -196,8 +196,7 @@ class PlainUnpickler(pickle._Unpickler):
     A pickle is a program for a stack machine that can import and call; this one can only build
     lists, tuples, dicts, OrderedDicts, strings, numbers, booleans and None. Items of the outermost
     list are handed out 1,000 at a time, and objects are dropped after their last use, since the 200
-    million objects of the release's largest file would not fit into memory.
-    """
+    million objects of the release's largest file would not fit into memory."""
 
     def __init__(self, file):
         super().__init__(file)

@@ -50,12 +50,8 @@ def make_prompt(args):
         return lambda question: template.replace("{question}", question)
     pool = load("gsm8k", "train", args.data) if args.shots else []
     shots = random.Random(0).sample(pool, min(args.shots + 1, len(pool)))  # one to spare
-
-    def prompt(question):
-        others = [shot for shot in shots if shot.question != question]
-        return math_prompt(question, True, others[: args.shots])
-
-    return prompt
+    others = lambda question: [shot for shot in shots if shot.question != question][: args.shots]
+    return lambda question: math_prompt(question, True, others(question))
 
 THINKING = re.compile(r"\A(.*</think>|\s*<think>.*)", re.DOTALL)
 STATEMENT = re.compile(r"the answer is\W*\w.*", re.IGNORECASE)

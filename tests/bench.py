@@ -1,21 +1,19 @@
 """Compare speed and memory with other implementations in one run.
 
-    python tests/bench.py                        everything; about a quarter of an hour
-    python tests/bench.py decode loading         two of the benchmarks
+    python tests/bench.py                    everything, about a quarter of an hour
+    python tests/bench.py decode loading     two of the benchmarks
 
-Every ratio is that of two medians over repetitions in which both sides take turns, so that a slow
-spell of the machine meets both. A ratio that misses its target fails nothing: this is not a test.
-The references are transformers, CTranslate2 and the Rust package spacy-alignments (pip install
-transformers ctranslate2 spacy-alignments); a benchmark whose reference is not installed is left
-out. REAL_DATA (see conftest.py) must contain T5's vocabulary and GSM8K.
+Every ratio is that of two medians over repetitions in which both sides take turns. The references
+are transformers, CTranslate2 and the Rust package spacy-alignments; a benchmark whose reference is
+not installed is left out. REAL_DATA (see conftest.py) must contain T5's vocabulary and GSM8K.
 
-All models have random weights and, unless a row names another, the shape of flan-t5-small. Both
-sides read the same file and run in this process with the same number of threads. CTranslate2 has a
-process of its own, because it brings another OpenMP, and two of them slow each other down.
+Models have random weights and flan-t5-small's shape unless a row names another. Both sides read the
+same file and run in this process with the same number of threads. Only CTranslate2 has a process of
+its own, because it brings a second OpenMP, and two of them in one process slow each other down.
 
-OpenMP's threads wait between products as its own defaults say, for both sides: torch is imported
-before t5, whose settings for a busy machine then come too late, here and in the processes started
-from here. To measure with these settings, run it with OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000.
+Threads wait for work as OpenMP does by default, on both sides: torch is imported before t5, so t5's
+settings for a busy machine come too late, and started processes do not inherit them. To measure
+both sides with these settings, set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=1000.
 """
 
 import argparse
@@ -27,18 +25,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import tracemalloc
-from contextlib import contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-CHILD_ENVIRONMENT = dict(os.environ)  # for started processes: without what t5 adds
+ENVIRONMENT = dict(os.environ)  # of started processes: without what t5 sets
 
-import torch
+import torch  # before conftest, which imports t5
 import torch.nn.functional as F
 from conftest import REAL_DATA, ROOT
-from torch.profiler import ProfilerActivity, profile
 
 import numpy as np
 from align import align_batch, normalize
@@ -47,15 +43,16 @@ from specialize import FORMATS, SIZES, Record, batch_loss, build_examples, encod
 from specialize import make_batches, make_optimizer
 from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, packed_weights, pad_sequences
 
-# d_model, d_kv, d_ff, num_layers, num_heads of FlanT5
-SHAPES = {"small": (512, 64, 1024, 8, 6), "base": (768, 64, 2048, 12, 12)}
-DATASETS, T5_VOCABULARY = REAL_DATA / "datasets", REAL_DATA / "tokenizers" / "t5"
-scratch = tempfile.TemporaryDirectory()  # for models; deleted at exit
+SHAPES = {"small": dict(d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads=6),
+          "base": dict(d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_heads=12)}
+VOCABULARY, DATASETS = REAL_DATA / "tokenizers" / "t5", REAL_DATA / "datasets"
+BF16 = torch.cpu.get_capabilities().get("avx512_bf16", False)  # the CPU multiplies in bf16
+scratch = tempfile.TemporaryDirectory()  # for models
 
 # --- measuring ---
 
 def medians(*functions, repeat):
-    """Return the median seconds of each function over repetitions in which they take turns."""
+    """Return the median seconds of each function; they take turns."""
     times = []
     for _ in range(repeat):
         for function in functions:
@@ -66,74 +63,58 @@ def medians(*functions, repeat):
 
 def tensor_peak(function):
     """Return the most memory (bytes) that a call's tensors took beyond what existed before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with torch.profiler.profile(profile_memory=True) as record:
         function()
-    events = record.profiler.kineto_results.events()
-    events = [event for event in events if event.name() == "[memory]"]
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return max(np.cumsum([event.nbytes() for event in events]))
+
+def row(what, ours="", theirs="", ratio="", target=""):
+    """Print a row of the table."""
+    print(f"{what:<62}{ours:>9}{theirs:>11}{ratio:>7}  {target}", flush=True)
+
+def speedup_row(what, ours, theirs, target=""):
+    """Print how many times as fast as a reference this code is."""
+    row(what, seconds(ours), seconds(theirs), f"{theirs / ours:.2f}x", target)
 
 def seconds(value):
     """Format a time."""
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.3g} ms"
 
-def speedup(what, ours, theirs, target):
-    """Return a row of the table: how many times as fast as a reference."""
-    return what, seconds(ours), seconds(theirs), f"{theirs / ours:.2f}x", target
-
 def megabytes(value):
     """Format an amount of memory."""
     return f"{value / 1e6:.0f} MB"
 
-def share(what, ours, theirs, unit, target):
-    """Return a row of the table: which share of a reference's time or memory is needed."""
-    return what, unit(ours), unit(theirs), f"{ours / theirs:.2f}", target
-
-def note(text):
-    """Return a row of the table that only holds a sentence."""
-    return text, "", "", "", ""
-
-# --- models and sources ---
+# --- training and decoding ---
 
 @functools.cache
 def checkpoint(size):
     """Return a folder with a random model whose greedy decoding never ends by itself.
 
-    It is saved by transformers, so the order of its tensors is that of the hub's files.
-    """
-    import transformers
+    transformers saves it, so that its tensors are in the order of the files on the hub."""
+    from transformers import T5ForConditionalGeneration, logging
 
-    d_model, d_kv, d_ff, num_layers, num_heads = SHAPES[size]
-    config = T5Config(d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_layers=num_layers,
-                      num_heads=num_heads, feed_forward_proj="gated-gelu",
-                      tie_word_embeddings=False)
+    logging.disable_progress_bar()
     torch.manual_seed(0)
-    folder = Path(scratch.name) / size
-    model = T5(config)
+    kind = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    model, folder = T5(T5Config(**SHAPES[size], **kind)), Path(scratch.name) / size
     model.lm_head.weight.data[EOS] = 0
     model.save_pretrained(folder)
-    transformers.logging.disable_progress_bar()
-    transformers.T5ForConditionalGeneration.from_pretrained(folder).save_pretrained(folder)
-    Tokenizer(T5_VOCABULARY).save(folder)
+    T5ForConditionalGeneration.from_pretrained(folder).save_pretrained(folder)
+    Tokenizer(VOCABULARY).save(folder)
     return folder
 
 def both_models(dtype=torch.float32):
     """Return the small model here and in transformers."""
-    folder = checkpoint("small")
     from transformers import T5ForConditionalGeneration
 
-    theirs = T5ForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
-    return T5.from_pretrained(folder, dtype=dtype), theirs
+    folder = checkpoint("small")
+    theirs = T5ForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return T5.from_pretrained(folder, dtype=dtype), theirs.eval()
 
 def random_ids(B=8, S=256):
     """Draw ids (B, S) without padding."""
     return torch.randint(3, 32000, (B, S), generator=torch.Generator().manual_seed(1))
-
-def cpu_has_bf16():
-    """Return whether the CPU multiplies bf16 matrices by AVX512-BF16."""
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-# --- training and decoding ---
 
 def bench_train(args):
     """Time forward pass, backward pass, clipping and AdamW, with dropout: B 8, S 256, T 96."""
@@ -147,13 +128,13 @@ def bench_train(args):
     def their_loss(model):
         return model(input_ids=sources, attention_mask=sources != PAD, labels=labels).loss
 
-    def training_step(model, loss_of, bf16=False):
+    def training_step(model, loss, bf16=False):
         optimizer = make_optimizer(model.train().parameters(), "adamw", 0.01)
 
         def step():
-            with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-                loss = loss_of(model)
-            loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                value = loss(model)
+            value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -161,77 +142,67 @@ def bench_train(args):
         step()  # creates the optimizer's state
         return step
 
-    model, reference = both_models()
-    ours, theirs = training_step(model, our_loss), training_step(reference, their_loss)
+    models = both_models()
+    ours, theirs = training_step(models[0], our_loss), training_step(models[1], their_loss)
     times = medians(ours, theirs, repeat=args.repeat)
-    yield speedup("training step, fp32 / transformers", *times, "1.5x")
-    if not cpu_has_bf16():
-        yield note("training step, bf16: left out, this CPU has no AVX512-BF16")
-        return
-    autocast = training_step(both_models()[0], our_loss, bf16=True)
-    times = medians(autocast, ours, repeat=args.repeat)
-    yield speedup("training step, bf16 autocast / own fp32", *times, "")
+    speedup_row("training step, fp32 / transformers", *times, "1.5x")
+    if BF16:
+        autocast = training_step(both_models()[0], our_loss, bf16=True)
+        times = medians(autocast, ours, repeat=args.repeat)
+        speedup_row("training step, bf16 autocast / own fp32", *times)
+    else:
+        row("training step, bf16: left out, this CPU has no AVX512-BF16")
 
 def bench_decode(args):
     """Time greedy decoding: B 8, S 256, 64 tokens. Weights are packed before, as by evaluate()."""
     sources = random_ids()
     options = {"attention_mask": torch.ones_like(sources), "max_new_tokens": 64,
                "min_new_tokens": 64, "do_sample": False}
-    for dtype, name, target in ((torch.float32, "fp32", "1.3x"), (torch.bfloat16, "bf16", "")):
-        if name == "bf16" and not cpu_has_bf16():
-            yield note("decoding, bf16: left out, this CPU has no AVX512-BF16")
-            continue
+
+    def decode(dtype, what, target="", translate=None):
         model, reference = both_models(dtype)
-        ours = functools.partial(model.generate, sources, max_new_tokens=64)
-        theirs = functools.partial(reference.generate, sources, **options)
+        functions = [lambda: model.generate(sources, max_new_tokens=64),
+                     translate or (lambda: reference.generate(sources, **options))]
         with packed_weights(model.decoder, model.lm_head):
-            times = medians(ours, theirs, repeat=args.repeat)
-            yield speedup(f"decoding, {name} / transformers, {name}", *times, target)
-            if name == "fp32" and importlib.util.find_spec("ctranslate2"):
-                with ctranslate2(sources, args.threads) as theirs:
-                    times = medians(ours, theirs, repeat=args.repeat)
-                yield speedup("decoding, fp32 / CTranslate2, fp32, in its own process", *times, "")
-            elif name == "fp32":
-                yield note("decoding / CTranslate2: left out, ctranslate2 is not installed")
+            speedup_row(what, *medians(*functions, repeat=args.repeat), target)
 
-CTRANSLATE2 = """
-import json, sys, ctranslate2
-folder, threads = sys.argv[1], int(sys.argv[2])
-translator = ctranslate2.Translator(folder, compute_type="float32", intra_threads=threads)
-tokens = json.loads(sys.stdin.readline())
-for request in sys.stdin:
-    translator.translate_batch(tokens, beam_size=1, max_input_length=0,
-                               min_decoding_length=64, max_decoding_length=64)
-    print("done", flush=True)
-"""
+    decode(torch.float32, "decoding, fp32 / transformers", "1.3x")
+    if BF16:
+        decode(torch.bfloat16, "decoding, bf16 weights / transformers, bf16 weights")
+    else:
+        row("decoding, bf16: left out, this CPU has no AVX512-BF16")
+    if importlib.util.find_spec("ctranslate2"):
+        with closing(ctranslate2(sources, args.threads)) as process:
+            what = "decoding, fp32 / CTranslate2 in its own process, fp32"
+            decode(torch.float32, what, translate=lambda: next(process))
+    else:
+        row("decoding / CTranslate2: left out, ctranslate2 is not installed")
 
-@contextmanager
 def ctranslate2(sources, threads):
-    """Context manager: a function that decodes 64 tokens in a process that runs CTranslate2."""
-    folder = Path(scratch.name) / "ctranslate2"
-    pieces = Tokenizer(T5_VOCABULARY).pieces
+    """Start a process with CTranslate2; each next() lets it decode 64 tokens per source."""
+    folder, pieces = Path(scratch.name) / "ctranslate2", Tokenizer(VOCABULARY).pieces
     convert = [sys.executable, "-m", "ctranslate2.converters.transformers",
                "--model", checkpoint("small"), "--output_dir", folder]
-    subprocess.run(convert, capture_output=True, env=CHILD_ENVIRONMENT, check=True)
-    command = [sys.executable, "-c", CTRANSLATE2, folder, str(threads)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          env=CHILD_ENVIRONMENT) as process:
-
-        def translate(request="translate"):
-            process.stdin.write(request + "\n")
-            process.stdin.flush()
-            if process.stdout.readline() != "done\n":
-                raise RuntimeError("CTranslate2's process has ended")
-
-        tokens = json.dumps([[pieces[i] for i in row] for row in sources.tolist()])
-        translate(f"{tokens}\ntranslate")  # once untimed, because it loads the model first
-        yield translate
+    subprocess.run(convert, capture_output=True, env=ENVIRONMENT, check=True)
+    code = """if True:
+        import ctranslate2, json, sys
+        translator = ctranslate2.Translator(sys.argv[1], intra_threads=int(sys.argv[2]))
+        sources = json.loads(sys.stdin.readline())
+        for line in sys.stdin:
+            translator.translate_batch(sources, beam_size=1, max_input_length=0,
+                                       min_decoding_length=64, max_decoding_length=64)
+            print(flush=True)"""
+    with subprocess.Popen([sys.executable, "-c", code, folder, str(threads)], text=True, bufsize=1,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        tokens = [[pieces[i] for i in row] for row in sources.tolist()]
+        process.stdin.write(json.dumps(tokens) + "\n")
+        while process.stdin.write("translate\n") and process.stdout.readline():
+            yield
 
 def force_ends(ends):
-    """Return a logits processor for (B, t) ids: row b ends with its token number ends[b].
+    """Return a logits processor for ids (B, t) that ends row b with its token number ends[b].
 
-    The first token of a row is made to be 100 + b, which identifies the row later on.
-    """
+    It makes the first token of row b 100 + b, which identifies the row later."""
 
     def process(ids, logits):
         t, rows = ids.shape[1], torch.arange(len(logits))
@@ -245,7 +216,7 @@ def force_ends(ends):
     return process
 
 def transformers_generate(model, sources, process, max_new_tokens):
-    """Decode greedily by transformers with a logits processor of force_ends()."""
+    """Decode greedily by transformers with a processor from force_ends()."""
     processors = [lambda ids, logits: process(ids[:, 1:], logits)]  # without the start token
     return model.generate(sources, attention_mask=sources != PAD, max_new_tokens=max_new_tokens,
                           do_sample=False, logits_processor=processors)
@@ -253,8 +224,7 @@ def transformers_generate(model, sources, process, max_new_tokens):
 def bench_ends(args):
     """Time decoding of 256 tokens: B 32, 64 to 256 source tokens, ends at 8 to 256 tokens."""
     B = 32
-    lengths = torch.linspace(64, 256, B).long()
-    sources = random_ids(B).where(torch.arange(256) < lengths[:, None], PAD)
+    sources = random_ids(B).where(torch.arange(256) < torch.linspace(64, 256, B)[:, None], PAD)
     order = torch.randperm(B, generator=torch.Generator().manual_seed(2))
     process = force_ends(torch.linspace(8, 256, B).long()[order])
     model, reference = both_models()
@@ -262,15 +232,14 @@ def bench_ends(args):
         times = medians(
             lambda: model.generate(sources, max_new_tokens=256, logits_processor=process),
             lambda: transformers_generate(reference, sources, process, 256), repeat=args.repeat)
-    yield speedup("256 tokens, B 32, ends spread / transformers", *times, "2x")
+    speedup_row("256 tokens, B 32, ends spread / transformers", *times, "2x")
 
 def bench_evaluation(args):
     """Time an evaluation with four demonstrations: B 32, 128 new tokens.
 
     Outputs are made to end where the test set's own solutions end. The plain loop takes the
-    problems in the order of the file, and each of its batches runs until its last row ends.
-    """
-    tokenizer = Tokenizer(T5_VOCABULARY)
+    problems in the order of the file, and each of its batches runs until its last row ends."""
+    tokenizer = Tokenizer(VOCABULARY)
     problems = load("gsm8k", "test", DATASETS)[: args.problems]
     demonstrations = load("gsm8k", "train", DATASETS)[:4]
     prompt = functools.partial(math_prompt, cot=True, demonstrations=demonstrations)
@@ -281,11 +250,9 @@ def bench_evaluation(args):
     generate = model.generate
 
     def generate_until_ends(sources, **options):  # evaluate() has its own order of the problems
-        rows = [row[row != PAD] for row in sources]
-        process = force_ends(torch.tensor([end_of[tuple(row.tolist())] for row in rows]))
+        rows = [tuple(ids[ids != PAD].tolist()) for ids in sources]
+        process = force_ends(torch.tensor([end_of[ids] for ids in rows]))
         return generate(sources, **options, logits_processor=process)
-
-    model.generate = generate_until_ends
 
     def ours():
         evaluate(model, tokenizer, problems, prompt, batch_size=32, max_new_tokens=128)
@@ -297,46 +264,37 @@ def bench_evaluation(args):
             for ids in transformers_generate(reference, pad_sequences(inputs[batch]), process, 128):
                 tokenizer.decode(ids)
 
-    times = medians(ours, plain_loop, repeat=args.repeat)
+    model.generate = generate_until_ends
     what = f"evaluation, {len(problems)} GSM8K problems / a plain transformers loop"
-    yield speedup(what, *times, "1.8x")
+    speedup_row(what, *medians(ours, plain_loop, repeat=args.repeat), "1.8x")
 
-# --- loading, losses, alignment, padding ---
-
-REPORT = """
-import time
-ready = time.time()
-try:
-    kilobytes = open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]
-except OSError:  # not Linux
-    kilobytes = "nan"
-print(ready, kilobytes)
-"""
+# --- loading, loss, alignment, padding ---
 
 def bench_loading(args):
     """Time from the start of a process to a loaded model of flan-t5-base's shape.
 
-    The peak memory is read from /proc, so it needs Linux.
-    """
+    The peak memory is read from /proc, so that row needs Linux."""
     folder = checkpoint("base")
-    model_class = "from t5 import T5", "from transformers import T5ForConditionalGeneration as T5"
-    codes = [f"{line}; T5.from_pretrained({str(folder)!r})" for line in model_class]
-    codes.append("import torch")
-    times, peaks = [], []
-    for _ in range(args.repeat + 1):
-        for code in codes:
-            start = time.time()
-            done = subprocess.run([sys.executable, "-c", code + REPORT], capture_output=True,
-                                  cwd=ROOT, text=True, env=CHILD_ENVIRONMENT, check=True)
-            ready, kilobytes = done.stdout.split()
-            times.append(float(ready) - start)
-            peaks.append(1024 * float(kilobytes))
-    # The first repetition may have read the file from the disk, so it does not count.
-    ours, theirs, torch_import = np.median(np.reshape(times, (-1, 3))[1:], axis=0)
+
+    def run(code):
+        command = [sys.executable, "-c", f"import os; {code}; os._exit(0)"]
+        return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True,
+                              capture_output=True, text=True).stdout
+
+    ours = f"from t5 import T5; T5.from_pretrained({str(folder)!r})"
+    theirs = ours.replace("t5 import T5", "transformers import T5ForConditionalGeneration as T5")
+    codes = ours, theirs, "import torch"
+    run(theirs)  # reads the file from the disk
+    functions = [functools.partial(run, code) for code in codes]
+    *times, torch_import = medians(*functions, repeat=args.repeat)
     what = f"loading base's shape ({seconds(torch_import)}: import torch) / transformers"
-    yield speedup(what, ours, theirs, "3x")
-    size = (folder / "model.safetensors").stat().st_size
-    yield share("loading, peak memory of the process / the file", peaks[-3], size, megabytes, "")
+    speedup_row(what, *times, "3x")
+    if Path("/proc/self/status").exists():
+        status = run(ours + "; print(open('/proc/self/status').read(), flush=True)")
+        peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
+        size = (folder / "model.safetensors").stat().st_size
+        what = "loading, peak memory of the process / size of the file"
+        row(what, megabytes(peak), megabytes(size), f"{peak / size:.2f}")
 
 def bench_loss(args):
     """Time kl_loss and a loss with a dense teacher, both passes: B 8, T 96, V 32,128."""
@@ -355,17 +313,17 @@ def bench_loss(args):
         (torch.xlogy(p, p) - p * q.log()).sum(-1).mean().backward()
         logits.grad = None
 
-    times = medians(ours, dense, repeat=3 * args.repeat)
-    yield share("kl_loss, time / dense", *times, seconds, "0.3")
-    peaks = tensor_peak(ours), tensor_peak(dense)
-    yield share("kl_loss, extra memory / dense", *peaks, megabytes, "0.3")
+    a, b = medians(ours, dense, repeat=3 * args.repeat)
+    row("kl_loss, time / dense", seconds(a), seconds(b), f"{a / b:.2f}", "0.3")
+    a, b = tensor_peak(ours), tensor_peak(dense)
+    row("kl_loss, extra memory / dense", megabytes(a), megabytes(b), f"{a / b:.2f}", "0.3")
 
 def bench_align(args):
-    """Time the alignment of 2,000 GSM8K solutions with p50k_base; both sides use one core."""
+    """Time the alignment of 2,000 GSM8K solutions, one by one as in training, on one core."""
     import spacy_alignments
     import tiktoken
 
-    teacher, student = tiktoken.get_encoding("p50k_base"), Tokenizer(T5_VOCABULARY)
+    teacher, student = tiktoken.get_encoding("p50k_base"), Tokenizer(VOCABULARY)
     texts = [problem.solution for problem in load("gsm8k", "train", DATASETS)[:2000]]
     pairs = [([teacher.decode([i]) for i in teacher.encode(text)], student.split(text))
              for text in texts]
@@ -373,65 +331,61 @@ def bench_align(args):
 
     def ours():
         normalize.cache_clear()
-        align_batch(pairs)
+        for pair in pairs:
+            align_batch([pair])
 
     def theirs(pairs):
-        for s, t in pairs:
-            spacy_alignments.get_alignments(s, t)
+        for pair in pairs:
+            spacy_alignments.get_alignments(*pair)
 
     functions = ours, lambda: theirs(pairs), lambda: theirs(equal_texts)
-    times = np.array(medians(*functions, repeat=3 * args.repeat)) / len(pairs)
-    yield speedup("align_batch, per GSM8K solution / spacy-alignments", *times[:2], "1.3x")
-    what = "  the same / spacy-alignments on pieces with ▁ as a space"
-    yield speedup(what, times[0], times[2], "1.3x")
+    a, b, c = np.array(medians(*functions, repeat=3 * args.repeat)) / len(pairs)
+    speedup_row("align_batch, per GSM8K solution / spacy-alignments", a, b, "1.3x")
+    speedup_row("  the same, which is given pieces with a space for ▁", a, c)
 
 def bench_padding(args):
     """Count the padding in an epoch's micro-batches of the paper's size for base."""
-    tokenizer, pool = Tokenizer(T5_VOCABULARY), load("gsm8k", "train", DATASETS)
+    tokenizer, pool = Tokenizer(VOCABULARY), load("gsm8k", "train", DATASETS)
     solved = [replace(problem, solution=math_target(problem, cot=True)) for problem in pool]
     records = [Record(problem, None, "GSM8K") for problem in solved]
     examples, _ = build_examples(records, tokenizer, FORMATS, "nll")
     encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
     sizes = dict(zip(FORMATS, SIZES["base"]["micro_batch_size"]))
-    used, total = np.zeros(2), np.zeros(2)  # of inputs, of targets
+    used, total = np.zeros(2), np.zeros(2)  # tokens of inputs and of targets
     for batch in make_batches(examples, pool, encode, sizes, seed=0, epoch=0):
-        lengths = np.array([(len(encode_prompt(*pair, encode)), len(pair[0].labels))
-                            for pair in batch])
-        used += lengths.sum(axis=0)
-        total += lengths.max(axis=0) * len(batch)
-    yield "padding, share of all tokens", "", "", f"{1 - used.sum() / total.sum():.1%}", "10%"
-    yield "  share of the targets' tokens", "", "", f"{1 - used[1] / total[1]:.1%}", ""
+        lengths = [(len(encode_prompt(*pair, encode)), len(pair[0].labels)) for pair in batch]
+        used += np.sum(lengths, axis=0)
+        total += np.max(lengths, axis=0) * len(batch)
+    row("padding, share of all tokens", ratio=f"{1 - used.sum() / total.sum():.1%}", target="10%")
+    row("  of the targets' tokens", ratio=f"{1 - used[1] / total[1]:.1%}")
 
 # --- the command ---
 
-BENCHMARKS = {
-    "train": bench_train, "decode": bench_decode, "ends": bench_ends,
-    "evaluation": bench_evaluation, "loading": bench_loading, "loss": bench_loss,
-    "align": bench_align, "padding": bench_padding,
-}
+BENCHMARKS = {"train": bench_train, "decode": bench_decode, "ends": bench_ends,
+              "evaluation": bench_evaluation, "loading": bench_loading, "loss": bench_loss,
+              "align": bench_align, "padding": bench_padding}
 
 def main():
     """Print a table with a row per comparison."""
     parser = argparse.ArgumentParser(description="Compare speed with other implementations.")
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
-    add("--threads", type=int, default=2, help="number of CPU threads (default: %(default)s)")
-    add("--repeat", type=int, default=3, help="repetitions (default: %(default)s)")
-    add("--problems", type=int, default=200, help="evaluated problems (default: %(default)s)")
+    add("--threads", type=int, default=2, help="number of CPU threads (default: 2)")
+    add("--repeat", type=int, default=3, help="number of repetitions (default: 3)")
+    add("--problems", type=int, default=200, help="number of evaluated problems (default: 200)")
     args = parser.parse_args()
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"no benchmark {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
     torch.set_num_threads(args.threads)
-    CHILD_ENVIRONMENT["OMP_NUM_THREADS"] = str(args.threads)
-    waiting = CHILD_ENVIRONMENT.get("OMP_WAIT_POLICY", "OpenMP's default")
-    print(f"{args.threads} threads, which wait by {waiting}; torch {torch.__version__}")
-    print(f"{'ours / reference':<62}{'ours':>9}{'reference':>11}{'ratio':>8}  target")
+    ENVIRONMENT["OMP_NUM_THREADS"] = str(args.threads)
+    waiting = ENVIRONMENT.get("OMP_WAIT_POLICY", "default")
+    print(f"torch {torch.__version__}, {args.threads} threads, OpenMP wait policy: {waiting}")
+    row("this code / reference", "ours", "reference", "ratio", "target")
     for name in args.names or BENCHMARKS:
         try:
-            for what, ours, theirs, ratio, target in BENCHMARKS[name](args):
-                print(f"{what:<62}{ours:>9}{theirs:>11}{ratio:>8}  {target}", flush=True)
+            BENCHMARKS[name](args)
         except (ImportError, UserError) as error:
-            print(f"{name}: left out, {error}")
+            row(f"{name}: left out, {error}")
 
 if __name__ == "__main__":
     main()

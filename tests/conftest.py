@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -68,26 +67,34 @@ def run():
 
     return functools.partial(run, timeout=300)
 
-# --- damaged files ---
-
-REMEDY = r"fix|delete|choose|copy|download|wait for|resume it|raise|complete\?|sample_teacher|--out"
+# --- commands in this process, and damaged files ---
 
 @pytest.fixture
-def refused(tmp_path, monkeypatch):
-    """refused(module, *arguments) runs a module's command in tmp_path; return its error message.
+def command(tmp_path, monkeypatch, capsys):
+    """command(module, *arguments) runs a module's main() in tmp_path; return what it prints."""
 
-    The command must refuse: one line that states a remedy, exit status 1, nothing written, and at
-    most a gigabyte of memory taken."""
-
-    def refused(module, *arguments):
+    def command(module, *arguments):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        run_command(module.main)
+        return capsys.readouterr().out
+
+    return command
+
+@pytest.fixture
+def refused(command, tmp_path):
+    """refused(module, *arguments) runs a module's main(), which must refuse; return its message.
+
+    That is one line with a cause and a remedy and the exit status 1. It must write nothing and take
+    at most a gigabyte of memory."""
+
+    def refused(module, *arguments):
         before = contents(tmp_path)
         with pytest.raises(SystemExit) as stopped, little_memory():
-            run_command(module.main)
+            command(module, *arguments)
         message = stopped.value.code
         assert isinstance(message, str) and message.startswith("error: "), message
-        assert "\n" not in message and len(message) < 2000 and re.search(REMEDY, message), message
+        assert "\n" not in message and "; " in message and len(message) < 2000, message
         assert contents(tmp_path) == before
         return message
 
