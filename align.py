@@ -4,39 +4,44 @@ Teacher (code-davinci-002: p50k_base) and student (T5: SentencePiece) split the 
 differently. The paper (Aligning tokenizers by dynamic programming) aligns the two sequences
 s = s_1..s_L (teacher) and t = t_1..t_N (student) by the recursion
 
-    f(i, j) = min(f(i-1, j), f(i, j-1), f(i-1, j-1)) + c(s_i, t_j)
+    f(i, j) = min(f(i-1, j), f(i, j-1), f(i-1, j-1)) + c(s_i, t_j),    f(1, 1) = c(s_1, t_1)
 
-The cheapest path from (1, 1) to (L, N) visits (i, j) if s_i belongs to t_j: one-to-one on a
-diagonal step, many-to-one or one-to-many on the others. All depends on the cost c and on ties.
+If the cheapest path from (1, 1) to (L, N) visits (i, j), then s_i and t_j are aligned. Diagonal
+steps pair tokens off; the other steps align several tokens with one. All depends on the cost c, and
+on which path is taken if several are cheapest.
 
-Why not the edit distance of the two strings, as in the paper? It compares two strings and ignores
-where they occur in the text. If the teacher writes `a`, `$`, `12` and the student `▁a`, `▁$12`,
-then `$` and `12` cost 3 + 2 if both go to `▁$12`, but 2 + 2 if `$` goes to `▁a`: the wrong path
-is cheaper. Nor can it tell which of the many equal numbers of a solution is which.
+Why not the edit distance of the two strings, as in the paper? It ignores where they occur in the
+text. Let the teacher write `a`, ` $`, `12` and the student `▁a`, `▁$12` (spaces do not count). If
+` $` and `12` both go to `▁$12`, as they should, they cost 2 + 1. If ` $` goes to `▁a` they cost
+1 + 1, so the wrong path is cheaper. In `2`, `+2=4` against `▁2`, `+`, `2`, `=4`, the second `2` of
+the student even goes to the first `2` of the teacher.
 
 Here the cost is minus the number of characters *of the text* that both tokens write:
 
     c(s_i, t_j) = -|characters of s_i that are also characters of t_j|
 
-Every character belongs to exactly one s_i and one t_j. The total overlap along a path is therefore
-at most the length of the text, and a path reaches that maximum only if it visits every overlapping
-pair. It may also pass through pairs without overlap at no cost; preferring the diagonal on ties
-selects the shortest such path.
+Every shared character belongs to exactly one s_i and one t_j. Read from left to right, these pairs
+(i, j) never step back, so one path can visit them all, and only such a path collects every
+character. It may also pass through pairs without overlap at no cost; preferring the diagonal on
+ties selects the shortest such path.
 
-Both token sequences are first normalized as T5 normalizes text: Unicode NFKC, and every run of
+Both token sequences are first normalized much as T5 normalizes text: Unicode NFKC, and every run of
 whitespace, including newlines, as one space. If the texts still differ, because of an unknown
 character or one that is split over several tokens, only the characters that a sequence matcher
-finds in both count. The recursion interpolates the rest, so every student token is still aligned
-with a contiguous, ordered span of teacher tokens.
+finds in both count. Tokens between them are paired off along the diagonal, so every student token
+is aligned with a contiguous, ordered span of teacher tokens.
 
 This file needs only numpy and knows nothing of models or training.
-Letters: L teacher tokens, N student tokens, k entries of a target row.
+Letters: L teacher tokens, N student tokens, k entries of a target row. Code counts from 0.
 
     python align.py "She sold 48/2 = 24 clips."
+    python align.py data/toy/teacher.jsonl.gz --student data/toy/student    no download
 """
 
 import argparse
 import functools
+import gzip
+import json
 import math
 import os
 import re
@@ -49,7 +54,8 @@ from pathlib import Path
 import numpy as np
 
 WORD_BOUNDARY = "▁"  # SentencePiece's space
-# How servers write a token that is only part of a character: bytes:\xe2\x80 or <0xE2>.
+# How servers write a token that is part of a character: bytes:\xe2\x80 (OpenAI, at times with two
+# backslashes and after a space) or <0xE2> (SentencePiece).
 BYTES = re.compile(r"bytes:( ?)((?:\\+x[0-9a-fA-F]{2})+)|<0x([0-9a-fA-F]{2})>")
 
 # --- the recursion ---
@@ -74,14 +80,14 @@ def align(teacher, student):
     i, j = L, N
     while i > 0:
         aligned[j - 1].insert(0, i - 1)
-        steps = (i - 1, j - 1), (i - 1, j), (i, j - 1)
-        i, j = min(steps, key=lambda step: f[step[0]][step[1]])  # ties: the first, the diagonal
+        predecessors = (i - 1, j - 1), (i - 1, j), (i, j - 1)
+        i, j = min(predecessors, key=lambda cell: f[cell[0]][cell[1]])  # ties: the diagonal
     return aligned
 
 def overlap_matrix(teacher, student):
     """Count the characters of the text that both s_i and t_j write: (L, N)."""
     overlap = np.zeros((len(teacher), len(student)), dtype=int)
-    np.add.at(overlap, shared_characters(teacher, student), 1)
+    np.add.at(overlap, shared_characters(teacher, student), 1)  # += 1 at (i, j), also if repeated
     return overlap
 
 def shared_characters(teacher, student):
@@ -97,14 +103,15 @@ def shared_characters(teacher, student):
 def char_to_token(tokens):
     """Return the text that tokens write, as T5 sees it, and the token index of each character.
 
-    Runs of spaces are collapsed into their first one; a leading and a trailing space are dropped.
-    """
+    The first of a run of spaces counts, so in ".\\n", " He" the first token owns the space.
+    A leading and a trailing space are dropped."""
     parts = list(map(normalize, tokens))
     text = "".join(parts)
     owner = np.repeat(np.arange(len(parts)), np.fromiter(map(len, parts), int, len(parts)))
     if "  " in text:
         spaces = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32) == ord(" ")
-        owner = owner[np.append(True, ~(spaces[1:] & spaces[:-1]))]
+        after_space = np.append(False, spaces[:-1])
+        owner = owner[~(spaces & after_space)]
         text = re.sub(" +", " ", text)
     start = int(text.startswith(" "))
     text = text.strip(" ")
@@ -140,25 +147,28 @@ def matching_blocks(s, t):
 # --- its fast twin ---
 
 def align_batch(pairs):
-    """Return align(teacher, student) for each pair, in linear time: the recursion in closed form.
+    """Return align(teacher, student) for each pair by the closed form of the recursion, which takes
+    linear time if the two texts are equal.
 
-    Every character that both texts share puts one cell (i, j) on the best path, and the path
-    collects them all. Between two such cells, (i, j) and the next (i', j'), nothing is gained, so
-    the traceback from (i', j') runs along the diagonal until it meets row i or column j. A student
-    token c with j <= c < j' therefore ends at the teacher token max(i, i' - (j' - c)). The path's
-    first and last cell complete the list."""
-    return [align_in_closed_form(*pair) if all(pair) else [[] for _ in pair[1]] for pair in pairs]
+    Every character that both texts share puts one cell (i, j) on the best path. Let (i', j') be the
+    next such cell. In between nothing is gained, so the traceback from (i', j') follows the
+    diagonal until it meets row i or column j, and then this row or column. A student token n with
+    j <= n < j' is therefore aligned up to the teacher token max(i, i' - (j' - n)). It starts at the
+    first cell in its column, or, if the column has none, at this same token."""
+    return [align_in_closed_form(teacher, student) if teacher and student else [[] for _ in student]
+            for teacher, student in pairs]
 
 def align_in_closed_form(teacher, student):
     """Align one pair of non-empty token lists as align_batch describes."""
     L, N = len(teacher), len(student)
     s_owner, t_owner = shared_characters(teacher, student)
-    i = np.concatenate([[0], s_owner, [L - 1, L]])  # the path's cells, and one beyond its end
+    # The cells: the path's start, the shared characters, the path's end, and one beyond it.
+    i = np.concatenate([[0], s_owner, [L - 1, L]])
     j = np.concatenate([[0], t_owner, [N - 1, N]])
-    c = np.arange(N)
-    start = np.searchsorted(j, c, "left")
-    end = np.searchsorted(j, c, "right")  # cells start..end - 1 lie in column c
-    last = np.maximum(i[end - 1], i[end] - (j[end] - c))
+    n = np.arange(N)
+    start = np.searchsorted(j, n, "left")
+    end = np.searchsorted(j, n, "right")  # cells start..end - 1 lie in column n
+    last = np.maximum(i[end - 1], i[end] - (j[end] - n))
     first = np.where(start < end, i[start], last)
     indices = list(range(L))
     return [indices[a : b + 1] for a, b in zip(first.tolist(), last.tolist())]
@@ -175,13 +185,16 @@ def one_to_one(teacher, student, aligned):
     for piece, indices in zip(student, aligned):
         new_word = piece.startswith(WORD_BOUNDARY)
         if new_word and len(indices) > 1 and normalize(teacher[indices[0]]).endswith(" "):
-            indices = indices[1:]  # it shares only the space before the word
+            indices = indices[1:]  # ".\n" shares only the space of "▁He"
         visible = [i for i in indices if normalize(teacher[i]).strip()]
-        token = teacher[visible[0]] if len(visible) == 1 else ""
-        same = normalize(token).strip() == normalize(piece).strip() != ""
-        # If T5 made the space a token of its own, the teacher's " 24" is two student tokens.
-        lone_space = starts_word(token) and not new_word
-        partners.append(visible[0] if same and not lone_space else None)
+        word = normalize(piece).strip()
+        found = None
+        if len(visible) == 1 and word and word == normalize(teacher[visible[0]]).strip():
+            found = visible[0]
+            # If T5 made the space a token of its own, then " 24" belongs to both "▁" and "24".
+            if (starts_word(teacher[found]) and not new_word) or found in partners[-1:]:
+                found = None
+        partners.append(found)
     return partners
 
 def transfer(steps, student, vocab, k=5, aligned=None):
@@ -192,13 +205,13 @@ def transfer(steps, student, vocab, k=5, aligned=None):
     vocab: the student's pieces in the order of their ids, or {piece: id}.
     aligned: align(teacher, student), if the caller has it already.
 
-    A one-to-one student token takes its partner's distribution: each candidate goes to the student
-    token with the same string (" " is "▁"), and candidates without one are dropped. Every other
-    student token gets a one-hot target. So does a token whose partner reports no (or zero)
-    probability for it.
+    A one-to-one student token takes its partner's distribution. Each candidate goes to the student
+    token that spells the same (see spelling), where probabilities add up; candidates without one
+    are dropped. Every other student token gets a one-hot target. So does a token whose partner
+    reports no (or zero) probability for it.
     Return ids (N, k) int32 and probs (N, k) float32, most probable first, unused slots 0. Each row
-    contains the student's own token and sums to at most 1. Raises ValueError for a probability
-    outside [0, 1]."""
+    contains the student's own token and sums to at most 1. Raises ValueError if a candidate's
+    probability is outside [0, 1], rounding aside."""
     index = vocab if isinstance(vocab, dict) else {piece: i for i, piece in enumerate(vocab)}
     teacher = [token for token, _ in steps]
     if aligned is None:
@@ -206,37 +219,38 @@ def transfer(steps, student, vocab, k=5, aligned=None):
     ids = np.zeros((len(student), k), dtype=np.int32)
     probs = np.zeros((len(student), k), dtype=np.float32)
     for j, (piece, i) in enumerate(zip(student, one_to_one(teacher, student, aligned))):
-        own = index.get(piece, index.get("<unk>", 2))
+        own = index.get(piece, index.get("<unk>", 2))  # 2 in every T5
         target = {own: 1.0}
         if i is not None and steps[i][1].get(teacher[i], 0) > 0:
             # After a newline the teacher's "She" has no space, but the student's "▁She" does.
-            new_line = piece.startswith(WORD_BOUNDARY) and not starts_word(teacher[i])
+            add_space = piece.startswith(WORD_BOUNDARY) and not starts_word(teacher[i])
             target = {own: 0.0}
             for candidate, p in steps[i][1].items():
                 if not 0 <= p <= 1.001:
                     raise ValueError(f"at {teacher[i]!r}, {candidate!r} has probability {p}")
-                to = own if candidate == teacher[i] else index.get(spelling(candidate, new_line))
+                to = own if candidate == teacher[i] else index.get(spelling(candidate, add_space))
                 if to is not None:
                     target[to] = target.get(to, 0.0) + p
         others = sorted((to for to in target if to != own), key=target.get, reverse=True)
-        kept = sorted([own, *others[: k - 1]], key=target.get, reverse=True)
+        kept = sorted([own, *others[: k - 1]], key=target.get, reverse=True)  # own is never cut
         total = max(1.0, sum(map(target.get, kept)))  # rounding can lift the sum above 1
         ids[j, : len(kept)] = kept
         probs[j, : len(kept)] = [target[to] / total for to in kept]
-    probs[probs.sum(axis=1) > 1] *= 1 - 2**-20  # so can float32
+    probs[probs.sum(axis=1) > 1] *= 1 - 2**-20  # and so can the rounding to float32
     return ids, probs
 
 @functools.lru_cache(maxsize=2**18)
-def spelling(candidate, new_line):
-    """Spell a teacher's candidate as a student piece. Whitespace is dropped, except one space."""
+def spelling(candidate, add_space):
+    """Spell a candidate as a student piece: " 24" is "▁24", and with add_space so is "24".
+    Whitespace around it is dropped. A single space is "▁", other whitespace "", which is no piece."""
     word = normalize(candidate).strip().replace(" ", WORD_BOUNDARY)
     if not word:
         return WORD_BOUNDARY if candidate in (" ", WORD_BOUNDARY) else ""
-    return WORD_BOUNDARY + word if new_line or starts_word(candidate) else word
+    return WORD_BOUNDARY + word if add_space or starts_word(candidate) else word
 
 def starts_word(token):
     """Return whether a token begins with a space, in either spelling."""
-    return token[:1].isspace() or token.startswith(WORD_BOUNDARY)
+    return normalize(token).startswith(" ")
 
 # --- the command ---
 
@@ -262,7 +276,7 @@ def draw(teacher, student, colour, width=100):
         if used + size + 1 > width:
             lines += ["teacher  ", "student  ", ""]
             used = len("teacher  ")
-        green = len(t) == 1 and partners[t[0]] is not None
+        green = all(partners[j] is not None for j in t)
         start, end = (f"\033[{32 if green else 33}m", "\033[0m") if colour else ("", "")
         lines[-3] += f"{start}{above:<{size}}{end} "
         lines[-2] += f"{start}{below:<{size}}{end} "
@@ -275,28 +289,35 @@ def main():
     import tiktoken
 
     parser = argparse.ArgumentParser(description="Draw the alignment of two tokenizations.")
-    parser.add_argument("text", help="text to tokenize")
+    parser.add_argument("text", help="text, or a file of teacher records, whose first is drawn")
     parser.add_argument("--teacher", default="p50k_base",
-                        help="tiktoken encoding (default: %(default)s)")
+                        help="tiktoken encoding of a text (default: %(default)s)")
     parser.add_argument("--student", help="T5's spiece.model, or a folder that contains it "
                         "(default: one in the Hugging Face cache)")
     args = parser.parse_args()
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    cached = home.glob("hub/models--*t5*/snapshots/*/spiece.model")
-    path = Path(args.student) if args.student else next(cached, home)
+    cached = home.glob("hub/*t5*/snapshots/*/spiece.model")
+    path = Path(args.student or next(cached, "spiece.model"))
     path = path / "spiece.model" if path.is_dir() else path
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        encoding = tiktoken.get_encoding(args.teacher)
     except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {path}: {error}. `python t5.py google/flan-t5-small hi` downloads one; "
-                 "or pass --student FOLDER")
-    except ValueError as error:
-        sys.exit(f"error: --teacher {args.teacher}: {error}")
-    teacher = [encoding.decode([i]) for i in encoding.encode(args.text, disallowed_special=())]
-    student = pieces.encode(args.text, out_type=str)
+        sys.exit(f"error: {path}: {error}; `python t5.py google/flan-t5-small hi` downloads one, or "
+                 "use --student FOLDER")
+    try:
+        if args.text.endswith((".jsonl", ".jsonl.gz")):
+            with (gzip.open if args.text.endswith(".gz") else open)(args.text, "rt") as lines:
+                teacher = json.loads(next(lines))["tokens"]
+        else:
+            encoding = tiktoken.get_encoding(args.teacher)
+            ids = encoding.encode(args.text, disallowed_special=())
+            teacher = [encoding.decode([i]) for i in ids]
+    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+        sys.exit(f"error: --teacher {args.teacher} or {args.text[:60]!r}: {error!r:.300}; it is "
+                 "downloaded once, into the folder named by TIKTOKEN_CACHE_DIR")
+    student = pieces.encode("".join(teacher), out_type=str)
     if not teacher or not student:
-        sys.exit("error: the text has no visible character; pass another")
+        sys.exit("error: the text has no visible character; use another one")
     print(draw(teacher, student, sys.stdout.isatty(), shutil.get_terminal_size().columns))
 
 if __name__ == "__main__":

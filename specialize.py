@@ -90,7 +90,7 @@ SHOTS = 4  # demonstrations in context
 
 @dataclass
 class Example:
-    """A training example; the demonstrations of in-context formats are drawn anew each epoch.
+    """A training example; in-context formats draw demonstrations again in each epoch.
 
     labels (T,): the ids of the target, ending in </s>.
     teacher_ids, teacher_probs (T, K): the teacher's distributions, or None for likelihood."""
@@ -307,7 +307,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
             if step == steps:
                 return best_checkpoint(log.evaluations)
 
-            # Draw the batches of the next optimizer step; each epoch shuffles anew.
+            # Draw the batches of the next optimizer step; each epoch is shuffled again.
             epoch, position = divmod(step, per_epoch)
             if position == 0 or step == start:
                 batches = make_batches(examples, pool, encode, sizes, args.seed, epoch)

@@ -46,13 +46,17 @@ def real():
         missing(f"no real data at {REAL_DATA}")
     return REAL_DATA
 
+def reference(name):
+    """Import a package that only tests need, or skip the test."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        missing(f"pip install {name}")
+
 @pytest.fixture(scope="session")
 def transformers():
     """The reference implementation of T5."""
-    try:
-        module = importlib.import_module("transformers")
-    except ImportError:
-        missing("pip install transformers, the reference")
+    module = reference("transformers")
     module.logging.set_verbosity_error()
     return module
 
@@ -113,8 +117,8 @@ def little_memory():
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 def contents(folder):
-    """Return {path: bytes} of all files in a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return {path: bytes of a file, or None of a folder} of all that a folder contains."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 def damage(path, content):
     """Overwrite a file with a text, bytes, or a function of its bytes."""

@@ -15,24 +15,23 @@ import tiktoken
 
 import align as al
 from align import WORD_BOUNDARY, align, align_batch, draw, one_to_one, transfer
+from conftest import random_text
 from t5 import Tokenizer
 
 TEACHERS = "p50k_base", "cl100k_base", "o200k_base", "qwen", "mistral"
 QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-CHARACTERS = ("abc012.,+*/=$<>() \n\t\u3000\xa0\u200b\u0301\0\ue000\ufffd\U0010ffff"
-              "▁−÷…½²ﬃⅣＢéßש٣你한😀👍🏽")
 
 @pytest.fixture(scope="module")
 def tokenizer(real):
-    """The student's tokenizer, with the real vocabulary, and its ids in `index`."""
+    """Return the student's tokenizer with the real vocabulary; index: {piece: id}."""
     tokenizer = Tokenizer(real / "tokenizers" / "t5")
     tokenizer.index = {piece: i for i, piece in enumerate(tokenizer.pieces)}
     return tokenizer
 
 @pytest.fixture(scope="module")
 def split_teacher(real):
-    """split_teacher(name, text) -> the tokens of a teacher's vocabulary, each as its bytes."""
+    """Return a function (name of a teacher's vocabulary, text) -> its tokens, each as bytes."""
     folder = real / "tokenizers" / "teachers"
     mistral = sentencepiece.SentencePieceProcessor(model_file=str(folder / "mistral.model"))
     lines = map(bytes.split, (folder / "qwen.tiktoken").read_bytes().splitlines())
@@ -49,7 +48,7 @@ def split_teacher(real):
 
 @pytest.fixture(scope="module")
 def solutions(real):
-    """150 solutions of GSM8K, their characters as T5 normalizes them."""
+    """Return 150 solutions of GSM8K, their characters as T5 normalizes them."""
     lines = (real / "datasets" / "gsm8k" / "test.jsonl").read_text().splitlines()[:150]
     texts = [re.sub("<<.*?>>|#+", "", json.loads(line)["answer"]) for line in lines]
     return [unicodedata.normalize("NFKC", text) for text in texts]
@@ -116,7 +115,7 @@ def test_tokens_of_the_real_records_with_one_partner_take_its_distribution(real,
     assert partners > 1600 and equal > 0.99 * partners
 
 def assert_targets(ids, probs, student, index):
-    """Rows are sorted, sum to at most 1 and hold the student's own token; no id occurs twice."""
+    """Check that rows are sorted, sum to at most 1, and hold the student's own token once."""
     assert ids.dtype == np.int32 and probs.dtype == np.float32
     assert ids.shape == probs.shape == (len(student), 5) and ((ids >= 0) & (ids < 32000)).all()
     assert (probs.sum(axis=1) <= 1).all() and (probs >= 0).all() and (np.diff(probs) <= 0).all()
@@ -175,10 +174,6 @@ def test_no_path_is_cheaper_and_no_equal_one_shorter():
         costs = [(-sum(map(shared.count, path)), len(path)) for path in paths]
         assert costs[0] == min(costs) == (-7, len(found))
 
-def random_text(rng, length=60):
-    """Write a text of spaces and a few other characters."""
-    return "".join(rng.choices([" ", *rng.sample(CHARACTERS, 8)], k=rng.randint(0, length)))
-
 def random_tokens(rng, text):
     """Split a text at random; write some tokens as parts of characters."""
     parts = [rf"bytes:\x{rng.randrange(256):02x}", "<0xE2>", "\ufffd"]
@@ -202,7 +197,7 @@ def test_on_any_text_alignments_are_complete_and_in_order_and_targets_are_distri
         tokenizer):
     rng = random.Random(2)
     for n in range(1, 600):
-        text = random_text(rng, 3000 if n % 200 == 0 else 60)
+        text = random_text(rng) * (30 if n % 200 == 0 else 1)
         teacher = random_tokens(rng, text)
         student = tokenizer.split(random_text(rng) if n % 4 == 1 else text)
         if not teacher or not student:
@@ -212,7 +207,7 @@ def test_on_any_text_alignments_are_complete_and_in_order_and_targets_are_distri
         for one, two in zip(aligned, [*aligned[1:], [len(teacher) - 1]]):
             assert one == list(range(one[0], one[-1] + 1)) and one[-1] <= two[0] <= one[-1] + 1
         assert aligned[-1][-1] == len(teacher) - 1
-        steps = [(token, {random_text(rng, 4): rng.choice([0.3, 0.6]), " a": 0.05, "1": 0.05,
+        steps = [(token, {random_text(rng)[:5]: rng.choice([0.3, 0.6]), " a": 0.05, "1": 0.05,
                           rng.choice([token, "other"]): rng.choice([0.0, 0.01, 0.3])})
                  for token in teacher]
         assert_targets(*transfer(steps, student, tokenizer.index), student, tokenizer.index)
@@ -263,14 +258,14 @@ def test_the_command_draws_both_tokenizations(run, real):
     done = run("align.py", "She sold 48/2 = 24.\nWe paid $12.", "--student", student)
     top, bottom = done.stdout.splitlines()[:2]
     assert top.index("·24") == bottom.index("▁24") and "/|2" in top and "/2" in bottom
-    assert "\033[32m▁24\033[0m \033[33m▁$12 \033[0m" in draw(
-        [" 24", " $", "12"], ["▁24", "▁$12"], colour=True)  # green: one-to-one
+    drawn = draw([" 24", " $", "12"], ["▁24", "▁$12"], colour=True)
+    assert "\033[32m▁24\033[0m \033[33m▁$12 \033[0m" in drawn  # one-to-one is green
 
-def test_the_command_says_what_it_lacks_and_how_to_get_it(monkeypatch, real, tmp_path):
+def test_the_command_says_what_it_lacks_and_how_to_get_it(monkeypatch, real, tmp_path, capsys):
     def message(*arguments):
         monkeypatch.setattr(sys, "argv", ["align.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            al.main()
+            sys.exit(al.main())
         return stopped.value.code
 
     def no_network(name):
@@ -282,6 +277,7 @@ def test_the_command_says_what_it_lacks_and_how_to_get_it(monkeypatch, real, tmp
     assert "nowhere" in message("text", "--student", "nowhere")
     assert "no_base" in message("text", "--teacher", "no_base", *student)
     assert "no visible character" in message(" \n", *student)
+    assert message("not UTF-8: \udcff", *student) is None and "not" in capsys.readouterr().out
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     without_encoding = message("text", *student)
     assert "p50k_base" in without_encoding and "spiece.model" not in without_encoding

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import eval as ev
-from conftest import TOY, damage, half, missing, random_text
+from conftest import TOY, damage, half, random_text, reference
 from eval import authors_match, exact_match, extract_choice, extract_number
 from t5 import T5, Tokenizer, UserError, load_pretrained
 
@@ -104,18 +104,19 @@ def test_extraction_takes_any_text():
         assert isinstance(extract_number(text), (float, type(None)))
         assert isinstance(ev.parse_gold_answer(text), (float, str))
         assert isinstance(ev.compute(text + " ="), (str, type(None)))
-        assert {exact_match(text, answer) for answer in (5.0, "(A)", text)} <= {True, False}
-        assert authors_match(text, "5", True, True) in (True, False)
+        assert {exact_match(text, 5.0), authors_match(text, "5", True, True)} <= {True, False}
 
 # --- problems and prompts ---
 
-def test_every_set_has_its_publishers_count_and_gold_answers(datasets):
+def test_every_set_has_its_checksum_and_its_publishers_count_and_gold_answers(datasets):
+    for name, (repository, _, sha256) in ev.SOURCES.items():
+        assert hashlib.sha256((datasets / name).read_bytes()).hexdigest() == sha256
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+/[0-9a-f]{40}", repository)  # pinned
     for task, (validation, test) in SIZES.items():
         parts = {part: ev.load(task, part, datasets) for part in ("validation", "test", "all")}
         assert [len(part) for part in parts.values()] == [validation, test, validation + test]
-        both = parts["validation"] + parts["test"]
-        assert sorted(map(repr, both)) == sorted(map(repr, parts["all"]))
-        assert parts["validation"] == ev.load(task, "validation", datasets)
+        both = map(repr, parts["validation"] + parts["test"])
+        assert sorted(both) == sorted(map(repr, parts["all"]))
     train = ev.load("gsm8k", "train", datasets)
     assert len(train) == 7473
     lines = (datasets / "gsm8k" / "train.jsonl").read_text().splitlines()
@@ -177,11 +178,6 @@ def test_a_set_of_ones_own_takes_a_parser_and_an_entry(tmp_path, monkeypatch, co
     (tmp_path / "mine.jsonl").write_text("How many are 5?\t5\nHow many?\n")
     with pytest.raises(UserError, match="mine.jsonl, line 2: not enough values"):
         ev.load("mine", "test", tmp_path)
-
-def test_every_source_is_pinned_to_a_commit_and_has_its_files_checksum(datasets):
-    for name, (repository, _, sha256) in ev.SOURCES.items():
-        assert hashlib.sha256((datasets / name).read_bytes()).hexdigest() == sha256
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+/[0-9a-f]{40}", repository)
 
 # --- accuracy ---
 
@@ -271,20 +267,17 @@ def test_the_calculator_forces_the_value_digit_by_digit(vocabulary, request):
         assert allowed([*ids, tokenizer.pieces.index(".")]) == allowed(ids)  # no decimals
     assert len(allowed(tokenizer.encode("It is 7 =")[:-1])) == len(tokenizer.pieces)
 
-@pytest.mark.parametrize("samples", [1, 2])
-def test_the_calculator_takes_over_after_the_models_equation(student, monkeypatch, samples):
+def test_the_calculator_takes_over_after_the_models_equation(student, monkeypatch):
     script, force = student[1].encode("Then 48 * 26 =")[:-1], ev.calculator(student[1])
 
     def scripted(rows, logits):
-        t = rows.shape[1]
-        if t < len(script):
-            return logits.index_fill(1, torch.tensor([script[t]]), 1e9)
-        return force(rows, logits)
+        token = script[rows.shape[1] : rows.shape[1] + 1]
+        return logits.index_fill(1, torch.tensor(token), 1e9) if token else force(rows, logits)
 
     monkeypatch.setattr(ev, "calculator", lambda tokenizer: scripted)
     e = ev.evaluate(*student, ev.load("gsm8k", "test", TOY)[:4], max_new_tokens=24,
-                    use_calculator=True, samples=samples)
-    for text in [text for p in e.predictions for text in p.get("outputs", [p["output"]])]:
+                    use_calculator=True, samples=2)
+    for text in sum([p["outputs"] for p in e.predictions], []):
         assert re.match(r"Then 48 \* 26 = 1248(?!\d)", text)
 
 # --- predictions, tables, plots ---
@@ -313,8 +306,8 @@ def test_an_interrupted_evaluation_continues_and_only_appends(student, tmp_path,
         assert evaluate(weights="a") == e and sum(generated) == lost
         assert path.read_bytes().startswith(b"".join(left))
         assert evaluate(weights="a") == e and not generated
-    for settings in (dict(weights="b"), dict(model="m", weights="a"), dict(task="asdiv", weights="a")):
-        evaluate(**settings)
+    for changed in ({"weights": "b"}, {"model": "another"}, {"task": "asdiv"}):
+        evaluate(**{"weights": "a"} | changed)
         assert sum(generated) == 12
 
 def test_the_command_compares_models_by_both_rules_and_generates_nothing_twice(command, tmp_path):
@@ -363,22 +356,17 @@ def test_right_and_wrong_cases_are_shown_one_after_the_other(command, tmp_path, 
         "----------\n=== m, svamp: 2 right ===\nWhy?\n\na so 3\n-> 3\ngold: 3\n----------\n")
     assert path.read_text().endswith('{"task": "sv')  # showing changes nothing
 
-def test_plots_are_drawn_with_a_least_squares_fit_or_say_what_is_missing(
-        command, tmp_path, monkeypatch):
+def test_plots_show_a_least_squares_fit_or_say_what_is_missing(command, tmp_path, monkeypatch):
     sizes, accuracies = [80e6, 250e6, 780e6, 3e9, 11e9], [3.1, 6.0, 9.9, 20.2, 27.4]
     fit = statistics.linear_regression([math.log10(size) for size in sizes], accuracies)
-    found = ev.log_linear_fit(sizes, accuracies)
-    assert found == pytest.approx((fit.slope, fit.intercept))
+    assert ev.log_linear_fit(sizes, accuracies) == pytest.approx((fit.slope, fit.intercept))
     points = [(size, accuracy / 100, 0.01) for size, accuracy in zip(sizes, accuracies)]
     with pytest.raises(UserError, match="two sizes"):
         ev.scaling_plot(tmp_path / "a.svg", {"svamp": points[:1] * 2})
     with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install matplotlib"):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         ev.scaling_plot(tmp_path / "a.svg", {"svamp": points})
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        missing("pip install matplotlib")
+    reference("matplotlib")
     ev.scaling_plot(tmp_path / "a.svg", {"svamp": points})
     assert (tmp_path / "a.svg").read_text().count("<path") > 10
     log = tmp_path / "log.jsonl"
@@ -391,9 +379,8 @@ def test_plots_are_drawn_with_a_least_squares_fit_or_say_what_is_missing(
 
 # --- damaged files ---
 
-XML = "<x><Problem><Body>{}</Body><Question>How many?</Question>{}</Problem></x>"
 LAUGHS = '<!DOCTYPE x [<!ENTITY a "ha">' + "".join(
-    f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefghi", "bcdefghij")) + "]>" + XML
+    f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefghi", "bcdefghij")) + "]><x>&j;</x>"
 NESTED = "[" * 200_000
 GSM8K, MULTIARITH, ASDIV = "gsm8k/test.jsonl", "multiarith/MultiArith.json", "asdiv/ASDiv.xml"
 SVAMP, BBH, PROMPT = "svamp/SVAMP.json", "bbh/bbh/opposites.json", "bbh/cot-prompts/opposites.txt"
@@ -406,16 +393,13 @@ SVAMP, BBH, PROMPT = "svamp/SVAMP.json", "bbh/bbh/opposites.json", "bbh/cot-prom
     (GSM8K, "line 1: the answer is None", '{"question": "a", "answer": null}'),
     (GSM8K, "line 1: the answer ''", '{"question": "a", "answer": "so\\n####"}'),
     (MULTIARITH, "problem 1", half), (MULTIARITH, "problem 1", '{"a": 1}'),
-    (MULTIARITH, "1: no key 'sQuestion'", '[{"lSolutions": [1.0]}]'),
     (MULTIARITH, "problem 1", '[{"sQuestion": "a", "lSolutions": []}]'),
-    (MULTIARITH, "problem 1", '[{"sQuestion": "a", "lSolutions": ["x"]}]'),
-    (ASDIV, "problem 1", half), (ASDIV, "DOCTYPE", LAUGHS.format("&j;", "")),
-    (ASDIV, "problem 1", XML.format("Two.", "")), (ASDIV, "no problem", "<x></x>"),
-    (SVAMP, "no problem", "[]"), (SVAMP, "problem 1", NESTED), (SVAMP, "problem 1", half),
+    (ASDIV, "problem 1", half), (ASDIV, "DOCTYPE", LAUGHS), (ASDIV, "no problem", "<x></x>"),
+    (ASDIV, "problem 1", "<x><Problem><Body>Two.</Body></Problem></x>"),
+    (SVAMP, "no problem", "[]"), (SVAMP, "problem 1", NESTED),
     (SVAMP, "no key 'Body'", '[{"Body": "a", "Question": "a", "Answer": 1}, {"Question": "a"}]'),
     (SVAMP, "problem 1", '[{"Body": "a", "Question": "a", "Answer": NaN}]'),
-    (BBH, "problem 1", half), (BBH, "no key 'examples'", "{}"),
-    (BBH, "1: no key 'target'", '{"examples": [{"input": "a"}]}'),
+    (BBH, "no key 'examples'", "{}"), (BBH, "1: no key 'target'", '[{"input": "a"}]'),
     (BBH, "problem 1", '{"examples": [{"input": "a", "target": [1]}]}'),
     (PROMPT, "no demonstrations", lambda text: text[:20]),
     (PROMPT, "utf-8", lambda text: text + b"\xff")])

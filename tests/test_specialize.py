@@ -1,14 +1,24 @@
-"""specialize.py: the losses against torch's dense ones, the data on real records, and a loop that repeats to the bit."""
+"""specialize.py: losses against torch's, examples of real records, runs that are really killed."""
 
 import dataclasses
+import functools
 import gzip
+import http.server
 import itertools
 import json
 import math
+import multiprocessing
+import os
+import pickle
+import random
 import re
+import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,308 +26,639 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as ev
 import specialize as sp
-from conftest import ROOT, TOY
-from data.download import InputError
-from data.records import Record, read_teacher
-from data.rows import Row, make_rows, training_records
-from data.runs import checkpoints
-from eval import Problem, load, math_prompt
-from t5 import EOS, PAD, T5, T5Config, Tokenizer
+from conftest import ROOT, TOY, damage, half, random_text
+from specialize import Example, Record, build_examples, read_teacher
+from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, load_pretrained
 
+SHAPE = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1)
+
+@pytest.fixture(scope="module")
+def tokenizer(real):
+    """T5's real tokenizer."""
+    return Tokenizer(real / "tokenizers" / "t5")
+
+@pytest.fixture(scope="module")
+def encode(tokenizer):
+    """encode(text) -> ids, as train() has it."""
+    return functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
+
+@pytest.fixture(scope="module")
+def codex(real):
+    """40 real solutions of code-davinci-002 to one question."""
+    return list(read_teacher(real / "codex" / "gsm8k_train_0.jsonl"))
+
+@pytest.fixture(scope="module")
+def toy_records():
+    """60 records of the toy's teacher, two per question."""
+    return list(itertools.islice(read_teacher(TOY / "teacher.jsonl.gz"), 0, 1200, 20))
+
+# --- losses ---
 
 def random_targets():
-    """Logits (2, 5, 40), sub-distributions of k = 3 with unused slots, and a mask with padding."""
+    """Return logits (2, 5, 40), ids and probs (2, 5, 3) with unused slots, a mask with padding."""
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 40, requires_grad=True)
     ids = torch.stack([torch.randperm(40)[:3] for _ in range(10)]).view(2, 5, 3)
     probs = torch.rand(2, 5, 3) / 3
-    probs[0, :2, 1:] = 0
-    ids[0, :2, 1:] = 0
+    ids[0, :2, 1:] = probs[0, :2, 1:] = 0
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[1, 3:] = False
     return logits, ids, probs, mask
 
-
-def test_kl_equals_torchs_on_the_dense_distribution_and_so_does_its_gradient():
+def test_kl_and_its_gradient_equal_torchs_on_the_dense_distribution():
     logits, ids, probs, mask = random_targets()
     dense = torch.zeros(2, 5, 40).scatter_add(-1, ids, probs)
-    expected = (F.kl_div(logits.log_softmax(-1), dense, reduction="none").sum(-1) * mask).sum() / mask.sum()
-    found = sp.kl_loss(logits, ids, probs, mask)
-    assert torch.allclose(found, expected, rtol=1e-6)
-    ours, theirs = torch.autograd.grad(found, logits)[0], torch.autograd.grad(expected, logits)[0]
+    expected = F.kl_div(logits.log_softmax(-1), dense, reduction="none").sum(-1)[mask].mean()
+    kl = sp.kl_loss(logits, ids, probs, mask)
+    assert torch.allclose(kl, expected, rtol=1e-6)
+    ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (kl, expected))
     assert torch.allclose(ours, theirs, atol=1e-7) and not ours[1, 3:].any()
 
-
-def test_likelihood_equals_torchs_cross_entropy():
+def test_likelihood_is_torchs_cross_entropy_and_the_kl_to_a_one_hot_teacher():
     logits, ids, _, mask = random_targets()
-    targets = ids[..., 0].masked_fill(~mask, -100)
-    expected = F.cross_entropy(logits.transpose(1, 2), targets)
-    found = sp.nll_loss(logits, ids[..., 0], mask)
-    assert torch.allclose(found, expected, rtol=1e-6)
-    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (found, expected)]
-    assert torch.allclose(*gradients, atol=1e-7)
+    expected = F.cross_entropy(logits.transpose(1, 2), ids[..., 0].masked_fill(~mask, -100))
+    nll = sp.nll_loss(logits, ids[..., 0], mask)
+    assert torch.allclose(nll, expected, rtol=1e-6)
+    assert torch.equal(nll, sp.kl_loss(logits, ids, torch.eye(3)[0].expand(2, 5, 3), mask))
+    ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (nll, expected))
+    assert torch.allclose(ours, theirs, atol=1e-7)
 
-
-def test_kl_of_a_one_hot_target_is_the_likelihood():
-    logits, ids, _, mask = random_targets()
-    one_hot = torch.tensor([1.0, 0.0, 0.0]).expand(2, 5, 3)
-    assert torch.allclose(sp.kl_loss(logits, ids, one_hot, mask), sp.nll_loss(logits, ids[..., 0], mask))
-
-
-def test_kl_is_exact_where_a_probability_is_rounded_to_0_or_a_logit_is_infinite():
+def test_kl_is_exact_if_a_probability_underflows_or_a_logit_is_infinite():
     logits = torch.tensor([[[-math.inf, 200.0, -200.0, 1e4]]])
-    found = sp.kl_loss(logits, torch.tensor([[[1, 2, 0]]]), torch.tensor([[[0.5, 0.5, 0.0]]]), torch.ones(1, 1))
-    assert found.item() == pytest.approx(1e4 - math.log(2), rel=1e-6)
+    ids, probs = torch.tensor([[[1, 2, 0]]]), torch.tensor([[[0.5, 0.5, 0.0]]])
+    kl = sp.kl_loss(logits, ids, probs, torch.ones(1, 1))
+    assert kl.item() == pytest.approx(1e4 - math.log(2), rel=1e-6)
 
-
-def test_a_graph_is_gone_back_through_once():
-    logits, ids, probs, mask = random_targets()
-    loss = sp.kl_loss(logits, ids, probs, mask)
-    loss.backward(retain_graph=True)
+def test_the_minimum_of_the_kl_is_m_log_m_and_backward_runs_once():
+    ids, probs = torch.tensor([[[1, 2, 3]]]), torch.tensor([[[0.5, 0.3, 0.1]]])
+    q = torch.full((1, 1, 5), 1e-9).scatter(-1, ids, probs / 0.9)
+    logits = q.log().requires_grad_()
+    kl = sp.kl_loss(logits, ids, probs, torch.ones(1, 1))
+    assert kl.item() == pytest.approx(0.9 * math.log(0.9))
+    kl.backward(retain_graph=True)
+    assert logits.grad.abs().max() < 1e-6
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        kl.backward()
 
-
-def test_no_student_gets_below_the_floor():
-    probs = torch.tensor([[0.5, 0.3, 0.1]])
-    row = Row("zero_shot_cot", None, None, np.array([[1, 2, 3]]), probs.numpy(), "")
-    q = torch.zeros(1, 1, 5)
-    q[0, 0, 1:4] = probs / probs.sum()
-    at_best = sp.kl_loss(q.log(), torch.tensor([[[1, 2, 3]]]), probs[None], torch.ones(1, 1))
-    assert sp.kl_floor([row]) == pytest.approx(0.9 * math.log(0.9)) == pytest.approx(at_best.item())
-
+def test_accumulated_micro_batches_give_the_gradient_of_the_batch():
+    torch.manual_seed(0)
+    model = T5(T5Config(vocab_size=60, **SHAPE)).eval()
+    ids = torch.randint(2, 60, (6, 9))
+    batch = {"input_ids": ids, "labels": ids[:, :5], "decoder_input_ids": ids[:, 2:7],
+             "loss_mask": torch.ones(6, 5, dtype=torch.bool)}
+    sp.batch_loss(model, batch, "nll").backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for i in (0, 2, 4):
+        part = {name: tensor[i : i + 2] for name, tensor in batch.items()}
+        (sp.batch_loss(model, part, "nll") / 3).backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(expected, model.parameters()))
 
 def test_the_schedule_warms_up_and_falls_as_a_cosine():
-    rates = [sp.learning_rate(step, 100, 5e-4, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(5e-5) and max(rates) < 5e-4 and rates.index(max(rates)) == 9
+    rates = [sp.get_lr(step, 100, 5e-4, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(5e-5) and max(rates) < 5e-4 and np.argmax(rates) == 9
     assert rates[50] == pytest.approx(2.5e-4) and rates[99] < 1e-6
 
+# --- records, examples, batches ---
 
-@pytest.fixture(scope="module")
-def t5_tokenizer(real):
-    return Tokenizer(real / "tokenizers" / "t5")
-
-
-@pytest.fixture(scope="module")
-def codex(real):
-    return list(read_teacher(real / "codex" / "gsm8k_train_0.jsonl"))
-
-
-def test_real_records_become_rows_of_the_four_formats(codex, t5_tokenizer):
-    rows, summary = make_rows(codex, t5_tokenizer, list(sp.FORMATS), "kl")
-    counts = {name: sum(row.format == name for row in rows) for name in sp.FORMATS}
-    assert list(counts.values()) == [40, 1, 40, 1] and "40 of 40" in summary
-    for row in rows:
-        text = t5_tokenizer.decode(row.labels)
-        assert row.labels[-1] == EOS and text.endswith("The answer is 72")
-        if sp.FORMATS[row.format][0]:
-            assert len(row.ids) == len(row.probs) == len(row.labels) and row.ids[-1, 0] == EOS and row.probs[-1, 0] == 1
-            assert all(label in ids[p > 0] for label, ids, p in zip(row.labels, row.ids, row.probs))
+def test_real_records_become_examples_of_the_four_formats(codex, tokenizer):
+    examples, summary = build_examples(codex, tokenizer, list(sp.FORMATS))
+    assert [sum(ex.format == name for ex in examples) for name in sp.FORMATS] == [40, 1, 40, 1]
+    assert re.match(r"40 of 40 solutions are right; \d\d\.\d% of their tokens have", summary)
+    for ex in examples:
+        text = tokenizer.decode(ex.labels)
+        assert ex.labels[-1] == EOS and text.endswith("The answer is 72")
+        if sp.FORMATS[ex.format][0]:
+            assert ex.teacher_probs.shape == ex.teacher_ids.shape == (len(ex.labels), 5)
+            assert ex.teacher_ids[-1, 0] == EOS and ex.teacher_probs[-1, 0] == 1
+            assert all(label in ids[probs > 0] for label, ids, probs in
+                       zip(ex.labels, ex.teacher_ids, ex.teacher_probs))
         else:
-            assert row.ids is None and text == "The answer is 72"
+            assert ex.teacher_ids is None and text == "The answer is 72"
 
+def test_distributions_over_t5s_own_pieces_come_over_unchanged(real, tokenizer):
+    rng, pieces = random.Random(0), tokenizer.pieces[3:]
+    for problem in ev.load("gsm8k", "train", real / "datasets")[:100]:
+        solution = ev.math_target(problem, cot=True)
+        tokens = [piece for piece in tokenizer.split(solution)]
+        if not set(tokens) <= set(pieces):
+            continue  # a character that T5 does not know
+        tops = [dict(zip([token, *rng.sample(pieces, 4)], rng.sample(range(1, 9), 5)))
+                for token in tokens]
+        tops = [{piece: math.log(n / sum(top.values())) for piece, n in top.items()} for top in tops]
+        record = {"question": problem.question, "answer": problem.answer, "solution": solution,
+                  "tokens": tokens, "top_logprobs": tops}
+        (ex,), _ = build_examples([sp.parse_record(record, "")], tokenizer, ["zero_shot_cot"])
+        for top, ids, probs in zip(tops, ex.teacher_ids, ex.teacher_probs):
+            found = {tokenizer.pieces[i]: math.log(p) for i, p in zip(ids, probs)}
+            assert found == pytest.approx(top, abs=1e-5)
 
-def test_wrong_solutions_are_dropped_and_missing_answers_stated(codex, t5_tokenizer):
-    wrong = dataclasses.replace(codex[0], problem=dataclasses.replace(codex[0].problem, answer=71.0))
-    steps = [(" 48", {" 48": 0.9}), (" +", {" +": 0.5}), (" 24", {" 24": 1.0}), (" =", {}), (" 72", {" 72": 1.0})]
-    silent = Record(Problem("How many?", 72.0, "48 + 24 = 72"), steps, "here")
-    rows, summary = make_rows([wrong, silent], t5_tokenizer, ["zero_shot_cot"], "kl")
-    assert "1 of 2 solutions" in summary and len(rows) == 1
-    assert t5_tokenizer.decode(rows[0].labels) == "48 + 24 = 72 The answer is 72"
-    assert len(rows[0].probs) == len(rows[0].labels) and (rows[0].probs[5:, 0] == 1).all()
-    with pytest.raises(InputError, match="none of .* teacher solutions"):
-        make_rows([wrong], t5_tokenizer, ["zero_shot_cot"], "kl")
+def test_wrong_solutions_are_dropped_and_a_missing_answer_is_added(codex, tokenizer):
+    problem = codex[0].problem
+    wrong = dataclasses.replace(codex[0], problem=dataclasses.replace(problem, answer=71.0))
+    steps = [(" 48", {" 48": 0.9}), (" +", {" +": 0.5}), (" 24", {" 24": 1.0}), (" =", {}),
+             (" 72", {" 72": 1.0})]
+    silent = Record(ev.Problem("How many?", 72.0, "48 + 24 = 72"), steps, "here")
+    (ex,), summary = build_examples([wrong, silent], tokenizer, ["zero_shot_cot"])
+    assert "1 of 2 solutions" in summary
+    assert tokenizer.decode(ex.labels) == "48 + 24 = 72 The answer is 72"
+    assert ex.teacher_probs[:2, 0].tolist() == pytest.approx([0.9, 0.5])
+    assert len(ex.labels) == len(ex.teacher_probs) and (ex.teacher_probs[2:, 0] == 1).all()
+    with pytest.raises(UserError, match="none of 1 teacher solutions .* line 1 does not end in 71"):
+        build_examples([wrong], tokenizer, ["zero_shot_cot"])
 
+def test_a_batch_shifts_its_labels_and_mixes_solutions_with_and_without_distributions(
+        codex, tokenizer, encode):
+    plain = dataclasses.replace(codex[0], steps=None)
+    for records, loss in (([plain], "kl"), (codex[:1], "nll")):
+        (ex,), _ = build_examples(records, tokenizer, ["zero_shot_cot"], loss)
+        assert "teacher_ids" not in sp.collate([(ex, [])], encode, "cpu")
+    examples, _ = build_examples([plain, codex[1]], tokenizer, ["zero_shot_cot"])
+    batch = sp.collate([(ex, []) for ex in examples], encode, "cpu")
+    labels, mask, probs = batch["labels"], batch["loss_mask"], batch["teacher_probs"]
+    assert torch.equal(batch["decoder_input_ids"], F.pad(labels, (1, -1), value=PAD))
+    assert mask.sum() == sum(len(ex.labels) for ex in examples) and not probs[~mask].any()
+    logits = torch.randn(*labels.shape, 32128)
+    kl = sp.kl_loss(logits[:1], batch["teacher_ids"][:1], probs[:1], mask[:1])
+    assert torch.allclose(kl, sp.nll_loss(logits[:1], labels[:1], mask[:1]))
+    assert (probs[1] > 0).sum() > mask[1].sum()
 
-def test_without_kl_or_without_distributions_rows_train_by_likelihood(codex, t5_tokenizer):
-    textual = [dataclasses.replace(record, steps=None) for record in codex]
-    for records, loss in ((codex, "nll"), (textual, "kl")):
-        rows, _ = make_rows(records, t5_tokenizer, ["zero_shot_cot"], loss)
-        assert len(rows) == 40 and all(row.ids is None for row in rows)
-
-
-def test_a_prompt_put_together_from_parts_is_the_prompt_encoded_whole(real, t5_tokenizer):
-    problems = load("gsm8k", "train", real / "datasets")[:200]
-    encode = lambda text: np.array(t5_tokenizer.encode(text))
+def test_a_prompt_made_of_parts_is_the_prompt_encoded_at_once(real, tokenizer, encode):
+    problems = ev.load("gsm8k", "train", real / "datasets")[:200]
     for i in range(0, 200, 5):
         question, *shots = problems[i : i + 5]
         for name, (cot, in_context) in sp.FORMATS.items():
-            row, shown = Row(name, question, None, None, None, ""), shots if in_context else []
-            assert sp.source(row, shown, encode).tolist() == t5_tokenizer.encode(math_prompt(question.question, cot, shown))
+            example, shown = Example(name, question, *[None] * 4), shots if in_context else []
+            prompt = ev.math_prompt(question.question, cot, shown)
+            assert sp.encode_prompt(example, shown, encode).tolist() == tokenizer.encode(prompt)
 
+def test_an_epoch_has_every_example_once_in_batches_of_one_format_and_similar_length():
+    pool = [ev.Problem(f"q{i}", 1.0, "s") for i in range(50)]
+    examples = [Example(name, pool[i], np.zeros(i), None, None, "") for name in sp.FORMATS
+                for i in range(50)]
+    sizes = dict(zip(sp.FORMATS, (2, 3, 4, 7)))
+    make = functools.partial(sp.make_batches, examples, pool, lambda text: [0], sizes)
+    batches = make(seed=0, epoch=0)
+    assert sorted(id(ex) for pairs in batches for ex, _ in pairs) == sorted(map(id, examples))
+    for pairs in batches:
+        (name,) = {ex.format for ex, _ in pairs}
+        lengths = [len(ex.labels) for ex, _ in pairs]
+        assert len(pairs) <= sizes[name] and max(lengths) - min(lengths) < sizes[name]
+        for ex, shots in pairs:
+            assert len(shots) == (4 if sp.FORMATS[name][1] else 0) and ex.problem not in shots
+    assert make(0, 0) == batches != make(0, 1) and make(1, 0) != batches
 
-def test_an_epoch_holds_every_row_once_in_batches_of_one_format_and_similar_length():
-    pool = [Problem(f"q{i}", 1.0, "s") for i in range(50)]
-    rows = [Row(name, pool[i], np.zeros(i), None, None, f"{i}") for name in sp.FORMATS for i in range(50)]
-    size, length = dict(zip(sp.FORMATS, (2, 3, 4, 7))), lambda example: len(example[0].labels)
-    plan = sp.plan_epoch(rows, pool, size, length, seed=0, epoch=0)
-    assert sorted(id(row) for batch in plan for row, _ in batch) == sorted(map(id, rows))
-    for batch in plan:
-        (name,) = {row.format for row, _ in batch}
-        assert len(batch) <= size[name] and max(map(length, batch)) - min(map(length, batch)) < size[name]
-        for row, shots in batch:
-            assert len(shots) == (4 if sp.FORMATS[name][1] else 0) and row.problem not in shots
-    order = lambda plan: [row.place for batch in plan for row, _ in batch]
-    assert order(plan) == order(sp.plan_epoch(rows, pool, size, length, 0, 0))
-    assert order(plan) != order(sp.plan_epoch(rows, pool, size, length, 0, 1))
+def test_records_of_any_text_become_examples(tokenizer):
+    rng, records = random.Random(4), []
+    for _ in range(300):
+        text = random_text(rng)
+        solution = text + " so 5"
+        tokens, rest = [], solution
+        while rest:
+            n = rng.randrange(1, 7)
+            raw = "".join(f"\\x{byte:02x}" for byte in rest[:n].encode("utf-8", "replace"))
+            tokens.append("bytes:" + raw if rng.random() < 0.02 else rest[:n])
+            rest = rest[n:]
+        tops = [{random_text(rng)[:6]: -1.0, token: math.log(rng.random() / 2 + 1e-9)} for token in tokens]
+        record = {"question": f"{text} ?", "answer": 5, "solution": solution, "tokens": tokens,
+                  "top_logprobs": tops}
+        records.append(sp.parse_record(record, "here"))
+    examples, _ = build_examples(records, tokenizer, ["zero_shot_cot"])
+    assert len(examples) == 300
+    for ex in examples:
+        assert len(ex.teacher_ids) == len(ex.labels) and (ex.teacher_probs.sum(1) <= 1).all()
+        assert all(label in ids[p > 0] for label, ids, p in zip(
+            ex.labels, ex.teacher_ids, ex.teacher_probs))
 
+# --- runs that are killed, interrupted and run out of disk ---
 
-def test_a_batch_shifts_its_labels_right_and_masks_padding(codex, t5_tokenizer):
-    rows, _ = make_rows(codex[:3], t5_tokenizer, ["zero_shot_cot"], "kl")
-    batch = sp.collate([(row, []) for row in rows], lambda text: np.array(t5_tokenizer.encode(text)), "cpu")
-    assert (batch["decoder_input_ids"][:, 0] == PAD).all()
-    assert torch.equal(batch["decoder_input_ids"][:, 1:], batch["labels"][:, :-1])
-    assert batch["mask"].sum() == sum(len(row.labels) for row in rows) and not batch["probs"][~batch["mask"]].any()
-    assert batch["tokens"] == (batch["input_ids"] != PAD).sum() + batch["mask"].sum()
+STEPS, EVERY = 32, 4
 
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, toy_records):
+    """train(run, resume, measure, flags) does a training process's work, from seed to best entry.
+    """
+    tokenizer, pool = Tokenizer(TOY / "student"), ev.load("gsm8k", "train", TOY)
+    examples, _ = build_examples(toy_records, tokenizer, list(sp.FORMATS))
+    first = tmp_path_factory.mktemp("first")
+    torch.manual_seed(3)
+    T5(T5Config(vocab_size=len(tokenizer.pieces), **SHAPE)).save_pretrained(first)
 
-def test_a_solution_without_distributions_trains_by_likelihood_beside_others_with_them(codex, t5_tokenizer):
-    textual = dataclasses.replace(codex[0], steps=None)
-    rows, _ = make_rows([textual, codex[1]], t5_tokenizer, ["zero_shot_cot"], "kl")
-    batch = sp.collate([(row, []) for row in rows], lambda text: np.array(t5_tokenizer.encode(text)), "cpu")
-    logits = torch.randn(*batch["labels"].shape, 32128)
-    first = [batch[name][:1] for name in ("ids", "probs", "mask")]
-    assert torch.allclose(sp.kl_loss(logits[:1], *first), sp.nll_loss(logits[:1], batch["labels"][:1], first[2]))
-    assert (batch["probs"][1] > 0).sum() > batch["mask"][1].sum()
+    def train(run, resume=False, measure=pseudo_accuracy, flags=""):
+        run.mkdir(exist_ok=True)
+        args = sp.parse_arguments(
+            f"--epochs 20 --steps {STEPS} --micro-batch-size 2 2 4 4 --checkpoint-every {EVERY} "
+            f"--gradient-accumulation-steps 2 --log-every 2 --threads 1 {flags}".split())
+        args.resume = resume
+        torch.manual_seed(0)
+        model = T5.from_pretrained(first, dtype=sp.weights_dtype(args))
+        return sp.train(model, tokenizer, examples, pool, args, run, measure)
 
+    return train
 
-def test_accumulated_micro_batches_of_equal_length_give_the_gradient_of_the_whole():
+def pseudo_accuracy(model, tokenizer, args):
+    """Return accuracies that vary with the weights, so that any checkpoint may be the best."""
+    value = model.shared.weight.double().sum().item() * 1e4 % 1
+    return {"validation": {task: [value, 0.0] for task in ev.DATASETS}}
+
+def start(work, output):
+    """Start work() in a forked process, whose output goes to a file."""
+
+    def quiet():
+        sys.stdout = sys.stderr = open(output, "a", buffering=1)
+        try:
+            work()
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    process = multiprocessing.get_context("fork").Process(target=quiet)
+    process.start()
+    return process
+
+def outcome(run):
+    """Return all that a run leaves: weights, optimizer, random state, evaluations, rates."""
+    last, log = sp.checkpoints(run)[-1], sp.read_log(run / "log.jsonl")
+    training = torch.load(last / "training.pt", weights_only=True)
+    return {
+        "weights": (last / "model.safetensors").read_bytes(), "step": training["step"],
+        "optimizer": [{name: value.tolist() for name, value in state.items()}
+                      for state in training["optimizer"]],
+        "random": training["random"].tolist(),
+        "evaluations": [entry for entry in log if "validation" in entry],
+        "rates": [(e["step"], e["learning_rate"]) for e in log if "learning_rate" in e],
+    }
+
+def assert_complete(run):
+    """Check that every folder with a checkpoint's name contains a complete one."""
+    for folder in sp.checkpoints(run):
+        step = torch.load(folder / "training.pt", weights_only=True)["step"]
+        assert folder.name == f"checkpoint-{step}"
+        assert T5.from_pretrained(folder) and Tokenizer(folder)
+
+@pytest.fixture(scope="module")
+def undisturbed(train, tmp_path_factory):
+    """The outcome of an undisturbed run, and its seconds."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    begin = time.time()
+    process = start(lambda: train(run), run / "out")
+    process.join()
+    assert process.exitcode == 0, (run / "out").read_text()
+    return outcome(run), time.time() - begin
+
+def inode(path):
+    """Return what changes when a file or folder is made again, or None if there is none."""
+    try:
+        return path.stat().st_ino, path.stat().st_ctime_ns
+    except FileNotFoundError:
+        return None
+
+def test_runs_killed_or_interrupted_at_any_time_end_with_the_same_bits(train, undisturbed, tmp_path):
+    """A third of the ends come at any time, a third amid work on a checkpoint; the rest are Ctrl-C."""
+    (expected, seconds), rng, ends = undisturbed, random.Random(0), 0
+    for number in range(100):
+        run = tmp_path / f"{number}"
+        exitcode = None
+        while exitcode != 0:
+            process = start(lambda: train(run, resume=True), tmp_path / "out")
+            kind = ("any time", "checkpoint", "Ctrl-C", "none")[ends % 3 if ends < 15 else 3]
+            name = {"checkpoint": "unfinished-checkpoint", "Ctrl-C": "log.jsonl"}.get(kind, "none")
+            before = inode(run / name)
+            while kind in ("checkpoint", "Ctrl-C") and process.is_alive() and (
+                    inode(run / name) in (None, before)):
+                time.sleep(0.0002)
+            if kind != "none":
+                longest = 0.01 if kind == "checkpoint" else seconds / 4
+                time.sleep(rng.uniform(0, longest))
+                os.kill(process.pid, signal.SIGINT if kind == "Ctrl-C" else signal.SIGKILL)
+            process.join()
+            exitcode, ends = process.exitcode, ends + 1
+            assert exitcode in (0, 130, -signal.SIGKILL), (tmp_path / "out").read_text()
+            assert_complete(run)
+        assert outcome(run) == expected
+        if ends >= 15:
+            return
+
+@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("flags", [
+    "", "--optimizer adafactor", "--optimizer adafactor --precision bf16-weights",
+    "--precision bf16-weights --loss nll", "--precision bf16 --gradient-checkpointing"])
+def test_after_ctrl_c_in_an_evaluation_every_optimizer_and_precision_resumes_to_the_bit(
+        train, tmp_path, flags, presses):
+    def interrupted(model, tokenizer, args):
+        for _ in range(presses):
+            os.kill(os.getpid(), signal.SIGINT)
+        return pseudo_accuracy(model, tokenizer, args)
+
+    one, two, flags = tmp_path / "one", tmp_path / "two", f"--steps 6 {flags}"
+    best = train(one, flags=flags)
+    with pytest.raises(KeyboardInterrupt):
+        train(two, False, interrupted, flags)
+    assert [folder.name for folder in sp.checkpoints(two)] == ["checkpoint-4"]
+    assert [entry["step"] for entry in sp.read_log(two / "log.jsonl")] == [2, 4, 4][: 4 - presses]
+    assert train(two, True, flags=flags) == best and outcome(one) == outcome(two)
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_names_step_records_and_checkpoint(
+        train, tmp_path, what):
+    def spoil(model, tokenizer, args):
+        if what == "loss":
+            model.shared.weight.data[5:] = float("nan")
+        else:
+            model.encoder.final_norm.weight.register_hook(lambda gradient: gradient * math.inf)
+        return pseudo_accuracy(model, tokenizer, args)
+
+    with pytest.raises(UserError) as error:
+        train(tmp_path, measure=spoil)
+    message = str(error.value)
+    assert message.startswith(f"step {EVERY + 1}: the {what} is not finite. Batch: ")
+    assert re.search(r"teacher.jsonl.gz, line \d+", message)
+    assert f"Last good checkpoint: {tmp_path}/checkpoint-{EVERY}." in message
+    assert_complete(tmp_path)
+
+@pytest.mark.parametrize("share", [0.5, 1.5])  # no room for the weights; for the optimizer
+def test_a_full_disk_is_one_message_and_the_last_good_checkpoint_survives(
+        train, undisturbed, tmp_path, share):
+    run, limit = tmp_path / "run", int(share * len(undisturbed[0]["weights"]))
+    train(run, flags=f"--steps {EVERY}")
+    before = outcome(run)
+
+    def without_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        train(run, resume=True)
+
+    process = start(without_room, tmp_path / "out")
+    process.join()
+    message = (tmp_path / "out").read_text()
+    assert process.exitcode == 1 and "Traceback" not in message
+    assert f"cannot be written" in message and f"good checkpoint is {run}/checkpoint-4" in message
+    assert [folder.name for folder in sp.checkpoints(run)] == ["checkpoint-4"]
+    assert outcome(run)["weights"] == before["weights"]
+    assert not (run / "unfinished-checkpoint").exists()
+    train(run, resume=True)
+    assert outcome(run)["step"] == STEPS
+
+def test_only_complete_names_are_checkpoints_and_pruning_keeps_the_best(tmp_path):
+    model, tokenizer = load_pretrained(TOY / "student")
+    optimizer = sp.make_optimizer(model.parameters(), "adafactor", 0.0)
+    for step in (3, 20, 100):
+        sp.save_checkpoint(tmp_path, step, model, optimizer, tokenizer)
+    for name in ("checkpoint-", "checkpoint-x", "checkpoint-7.tmp", "unfinished-checkpoint"):
+        (tmp_path / name).mkdir()
+    assert [f.name[11:] for f in sp.checkpoints(tmp_path)] == ["3", "20", "100"]
+    sp.prune_checkpoints(tmp_path, keep=[3, 100])
+    assert [f.name[11:] for f in sp.checkpoints(tmp_path)] == ["3", "100"]
+
+def test_small_changes_add_up_in_bf16_weights_and_frozen_ones_stay():
     torch.manual_seed(0)
-    config = T5Config(vocab_size=60, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
-    model = T5(config)
-    batch = {
-        "input_ids": torch.randint(2, 60, (6, 9)), "labels": torch.randint(2, 60, (6, 5)),
-        "decoder_input_ids": torch.randint(2, 60, (6, 5)), "mask": torch.ones(6, 5, dtype=torch.bool),
-    }  # fmt: skip
-    sp.batch_loss(model, batch).backward()
-    whole = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    for part in range(3):
-        (sp.batch_loss(model, {k: v[2 * part : 2 * part + 2] for k, v in batch.items()}) / 3).backward()
-    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(whole, model.parameters()))
+    x = nearest = torch.ones(2000, dtype=torch.bfloat16)
+    for _ in range(1000):  # each change is below half of the last bit
+        x, nearest = sp.stochastic_round(x.float() + 5e-4), nearest + 5e-4
+    assert (nearest == 1).all() and x.float().mean().item() == pytest.approx(1.5, abs=0.01)
+    exact = torch.tensor([1.0, -2.5, 0.0, 3e38, -1e-40, 2.0**-120]).bfloat16()
+    assert torch.equal(sp.stochastic_round(exact.float()), exact)
+    frozen, free = (torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = sp.make_optimizer([frozen, free], "adamw", 0.01)
+    optimizer.param_groups[0]["lr"] = 0.1
+    free.grad = torch.ones_like(free)
+    sp.optimizer_step(optimizer)
+    assert (frozen == 1).all() and (free < 1).all()
 
+# --- losses and sets of one's own ---
 
-BRIEF = ["--epochs", 1, "--micro-batch", 4, 4, 8, 8, "--checkpoint-every", 4, "--validation-limit", 2, "--test-limit", 2,
-         "--max-new-tokens", 8, "--log-every", 2, "--device", "cpu"]  # fmt: skip
+def test_an_entry_in_losses_is_offered_and_trained_with(train, tmp_path, monkeypatch):
+    def reverse(logits, batch):
+        return sp.kl_loss(logits, batch["teacher_ids"], batch["teacher_probs"].flip(-1),
+                          batch["loss_mask"])
 
+    monkeypatch.setitem(sp.LOSSES, "reverse", reverse)
+    train(tmp_path, flags="--steps 6 --loss reverse")
+    log = sp.read_log(tmp_path / "log.jsonl")
+    assert {"reverse", "nll"} <= {name for entry in log for name in entry}  # nll: answer-only
+    with pytest.raises(SystemExit):
+        sp.parse_arguments(["--loss", "forward"])
+
+def test_a_sets_entry_says_whether_it_is_validated_on_and_counts_for_selection(monkeypatch):
+    accuracies = {"gsm8k": 0.9, "multiarith": 0.1, "asdiv": 0.2, "svamp": 0.3, "mine": 0.8}
+    mine = ev.Dataset("Mine", "mine.jsonl", None, select=True)
+    monkeypatch.setattr(sp, "evaluate_with", lambda args, model, tokenizer, task, *_: ev.Evaluation(
+        accuracies[task], 0.01, []))
+    args = sp.parse_arguments([])
+    assert sp.ood_accuracy(sp.validate(None, None, args)) == pytest.approx(0.2)
+    monkeypatch.setitem(sp.DATASETS, "mine", mine)
+    assert sp.ood_accuracy(sp.validate(None, None, args)) == pytest.approx(0.35)
+    monkeypatch.setitem(sp.DATASETS, "mine", dataclasses.replace(mine, select=False))
+    entry = sp.validate(None, None, args)
+    assert "mine" in entry["validation"] and sp.ood_accuracy(entry) == pytest.approx(0.2)
+    monkeypatch.setitem(sp.DATASETS, "mine", dataclasses.replace(mine, validate=False, select=False))
+    assert "mine" not in sp.validate(None, None, args)["validation"]
+    later, worse = entry | {"step": 2}, {"step": 3, "validation": dict.fromkeys(accuracies, [0, 0])}
+    assert sp.best_checkpoint({1: entry | {"step": 1}, 2: later, 3: worse}) == later
+
+# --- the command ---
+
+BRIEF = ["--teacher", "teacher.jsonl", *"--epochs 1 --micro-batch-size 4 4 8 8 --threads 1 "
+         "--checkpoint-every 4 --validation-limit 2 --test-limit 2 --max-new-tokens 8 "
+         "--log-every 1".split()]
 
 @pytest.fixture
-def brief(run, tmp_path):
-    """brief(*arguments) -> a short run of the main command on the toy world's first teacher records."""
+def teacher(tmp_path):
+    """teacher.jsonl in tmp_path: the first 60 of the toy's teacher records."""
     with gzip.open(TOY / "teacher.jsonl.gz", "rt") as lines:
         (tmp_path / "teacher.jsonl").write_text("".join(itertools.islice(lines, 60)))
-    return lambda *arguments: run("specialize.py", "--teacher", "teacher.jsonl", *BRIEF, *arguments, cwd=tmp_path)
 
-
-def same_weights(one, two):
-    """Whether two checkpoint folders hold the same bits."""
-    return (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
-
-
-def test_the_command_tells_its_progress_chooses_a_checkpoint_and_writes_the_run(brief, tmp_path):
-    done = brief("--name", "one")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"step 2/\d+ .*kl .* lr .* tokens/s .* min left", done.stdout)
-    assert "specialized" in done.stdout and "Checkpoint of step" in done.stdout
+def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
+        command, teacher, tmp_path):
+    printed = command(sp, *BRIEF, "--name", "one")
+    assert re.search(r"step 2/\d+  kl .* lr .* tokens/s .* min left", printed)
+    table = printed[printed.index("accuracy, %") :].splitlines()
+    columns = ["toy-GSM8K", "toy-MultiArith", "toy-ASDiv", "toy-SVAMP", "generic CoT",
+               "generic answer-only"]
+    assert table[0].split() == ["accuracy,", "%", "base", "specialized"]
+    assert [re.split("  +", row)[0] for row in table[1:7]] == columns
     one = tmp_path / "runs" / "one"
     results = json.loads((one / "results.json").read_text())
-    assert set(results["test"]) == {"base", "specialized"} and len(results["test"]["base"]) == 6
-    log = [json.loads(line) for line in (one / "log.jsonl").read_text().splitlines()]
-    evaluations = [entry for entry in log if "validation" in entry]
-    assert len(evaluations) > 2
-    assert results["chosen"] == max(evaluations, key=lambda entry: (sp.selection(entry), entry["step"]))
-    assert same_weights(one / "model", one / f"checkpoint-{results['chosen']['step']}")
-    assert T5.from_pretrained(one / "model") and Tokenizer(one / "model")
+    assert {name: list(entries) for name, entries in results["test"].items()} == {
+        "base": columns, "specialized": columns}
+    evaluations = [e for e in sp.read_log(one / "log.jsonl") if "validation" in e]
+    best = max(evaluations, key=lambda entry: (sp.ood_accuracy(entry), entry["step"]))
+    assert len(evaluations) > 2 and results["selected"] == best
+    selected = one / f"checkpoint-{best['step']}" / "model.safetensors"
+    assert (one / "model" / "model.safetensors").read_bytes() == selected.read_bytes()
+    assert load_pretrained(one / "model")
     assert json.loads((one / "arguments.json").read_text())["epochs"] == 1
 
+def test_after_ctrl_c_the_printed_command_continues_to_the_same_bits(command, teacher, tmp_path):
+    words = [sys.executable, str(ROOT / "specialize.py"), *BRIEF, "--skip-bbh"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    next(line for line in process.stdout if line.startswith("step 3/"))
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in message
+    (saved,) = sp.checkpoints(tmp_path / "runs" / "toy")
+    assert f"The last checkpoint: runs/toy/{saved.name}. Continue with: " in message
+    words = shlex.split(message.partition("Continue with: ")[2])
+    assert words[-3:] == ["--name", "toy", "--resume"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and f"resuming from runs/toy/{saved.name}" in done.stdout
+    command(sp, *BRIEF, "--skip-bbh", "--name", "at_once")
+    assert outcome(tmp_path / "runs" / "toy") == outcome(tmp_path / "runs" / "at_once")
 
-def test_a_killed_run_resumes_and_ends_with_the_same_bits_as_one_that_was_not(brief, tmp_path):
-    assert brief("--name", "whole").returncode == 0
-    whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
-    command = [sys.executable, ROOT / "specialize.py", "--teacher", "teacher.jsonl", *BRIEF, "--name", "killed"]
-    process = subprocess.Popen([str(part) for part in command], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    while not checkpoints(killed):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (killed / "results.json").exists()
-    done = brief("--name", "killed", "--resume")
-    assert done.returncode == 0 and "going on from" in done.stdout, done.stderr
-    last = checkpoints(whole)[-1].name
-    assert same_weights(whole / last, killed / last)
-    strip = lambda run: [
-        {key: value for key, value in json.loads(line).items() if key not in ("tokens_per_second", "kl", "nll")}
-        for line in (run / "log.jsonl").read_text().splitlines()
-    ]
-    assert strip(whole) == strip(killed)
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(refused, tmp_path):
+    run = tmp_path / "runs" / "one"
+    run.mkdir(parents=True)
+    for arguments, fault in ((["one", "--resume"], "runs/one: no run to resume"),
+                             (["two", "--resume"], "runs/two: no run to resume")):
+        assert fault in refused(sp, "--name", *arguments)
+    args = sp.parse_arguments(["--name", "one"])
+    assert sp.find_run(args) == run.relative_to(tmp_path)  # killed before anything was written
+    (run / "arguments.json").write_text(json.dumps(sp.recorded(args) | {"epochs": 7, "seed": 1}))
+    assert "runs/one exists; continue it with --resume" in refused(sp, "--name", "one")
+    assert "resume it with --epochs 7, --seed 1" in refused(sp, "--name", "one", "--resume")
+    assert str(sp.find_run(sp.parse_arguments([]))) == "runs/toy"
+    (tmp_path / "runs" / "toy").mkdir()
+    assert str(sp.find_run(sp.parse_arguments([]))) == "runs/toy-2"
 
-
-def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(brief, tmp_path):
-    (tmp_path / "runs" / "one").mkdir(parents=True)
-    (tmp_path / "runs" / "one" / "arguments.json").write_text('{"epochs": 7}')
-    for arguments, message in (
-        (["--name", "one"], "--resume goes on with it"),
-        (["--name", "one", "--resume"], "ran with other arguments"),
-        (["--name", "two", "--resume"], "no run to resume"),
-    ):
-        done = brief(*arguments)
-        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_records(tmp_path):
-    tokenizer, args = Tokenizer(TOY / "student"), sp.parse_arguments([str(part) for part in BRIEF])
-    model = T5.from_pretrained(TOY / "student")
-    with torch.no_grad():
-        model.shared.weight[EOS] = float("nan")
-    records = list(itertools.islice(read_teacher(TOY / "teacher.jsonl.gz"), 40))
-    rows, _ = make_rows(records, tokenizer, ["zero_shot_cot"], "kl")
-    with pytest.raises(InputError, match=r"step 1: the loss is not finite. Batch: .*teacher.jsonl.gz, line \d+"):
-        sp.train(model, tokenizer, rows, load("gsm8k", "train", TOY), args, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["svamp/SVAMP.json", "bbh/bbh/odd_one_out.json", "bbh/cot-prompts/odd_one_out.txt"])
-def test_a_set_that_is_measured_late_is_read_before_training(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["svamp/SVAMP.json", "bbh/bbh/odd_one_out.json",
+                                  "bbh/cot-prompts/odd_one_out.txt"])
+def test_all_sets_are_read_before_training(name, refused, teacher, tmp_path, monkeypatch):
     shutil.copytree(TOY, tmp_path / "data")
     (tmp_path / "data" / name).write_text("{}")
-    (tmp_path / "teacher.jsonl").write_text('{"question": "Q?", "answer": "1", "solution": "The answer is 1"}\n')
-    arguments = ["--data", tmp_path / "data", "--teacher", tmp_path / "teacher.jsonl"]
     monkeypatch.setattr(sp, "train", lambda *_: pytest.fail("it trains"))
-    with pytest.raises(InputError, match=name):
-        sp.specialize(sp.parse_arguments([str(part) for part in arguments]), tmp_path / "run")
+    assert name in refused(sp, "--data", tmp_path / "data", "--teacher", "teacher.jsonl")
 
+def test_without_a_teacher_it_trains_on_gsm8ks_own_solutions(real, tokenizer):
+    args = sp.parse_arguments(["--size", "large", "--data", str(real / "datasets")])
+    assert args.model == "google/flan-t5-large" and args.micro_batch_size == (8, 12, 18, 30)
+    assert (args.learning_rate, args.epochs, args.gradient_accumulation_steps) == (5e-4, 10, 20)
+    records = sp.teacher_records(args, ev.load("gsm8k", "train", args.data))
+    examples, summary = build_examples(records, tokenizer, list(sp.FORMATS))
+    assert summary == "7,473 of 7,473 solutions are right" and len(examples) == 4 * 7473
+    assert all(ex.teacher_ids is None for ex in examples)
 
-def test_gradient_checkpointing_and_bfloat16_run_the_same_loop(brief):
-    done = brief("--gradient-checkpointing", "--precision", "bf16", "--accumulation", "2", "--loss", "nll", "--skip-bbh")
+@pytest.fixture
+def hub(tmp_path):
+    """A server on the loopback interface: its address, and its files {path: bytes}."""
+    files = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = files.get(self.path)
+            self.send_response(200 if content is not None else 404)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", files
+    server.shutdown()
+    server.server_close()
+
+def test_the_paper_run_downloads_model_and_sets_and_trains(real, hub, run, refused, tmp_path):
+    """`--size small` on a random model, with the real vocabulary, sets and teacher records."""
+    (url, files), model = hub, tmp_path / "random"
+    T5(T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **SHAPE)
+       ).save_pretrained(model)
+    shutil.copy(real / "tokenizers" / "t5" / "spiece.model", model)
+    listing = [{"rfilename": f.name, "size": f.stat().st_size} for f in model.iterdir()]
+    files["/api/models/google/flan-t5-small/revision/main?blobs=true"] = json.dumps(
+        {"sha": "abc123", "siblings": listing}).encode()
+    files["/api/models/google/flan-t5-small/revision/abc123?blobs=true"] = files[
+        "/api/models/google/flan-t5-small/revision/main?blobs=true"]
+    for path in model.iterdir():
+        files[f"/google/flan-t5-small/resolve/abc123/{path.name}"] = path.read_bytes()
+    names = {name: f"/{repository}/{path}" for name, (repository, path, _) in ev.SOURCES.items()}
+    for task in ev.BBH_TASKS:
+        for name in (f"bbh/{task}.json", f"cot-prompts/{task}.txt"):
+            names[f"bbh/{name}"] = f"/{ev.BBH_SOURCE}/{name}"
+    files.update((url, (real / "datasets" / name).read_bytes()) for name, url in names.items())
+    lines = (real / "codex" / "gsm8k_train_0.jsonl").read_text().splitlines(keepends=True)[:2]
+    (tmp_path / "teacher.jsonl").write_text("".join(lines))
+    env = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": url, "GITHUB_ENDPOINT": url,
+           "HF_HUB_OFFLINE": "", "HF_HUB_CACHE": ""}
+    done = run("specialize.py", "--size", "small", "--teacher", "teacher.jsonl", "--data", "sets",
+               "--epochs", 1, "--validation-limit", 1, "--test-limit", 1, "--max-new-tokens", 4,
+               "--device", "cpu", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
+    assert "2 of 2 solutions are right" in done.stdout and "BBH answer-only" in done.stdout
+    written = {str(f.relative_to(tmp_path / "sets")) for f in (tmp_path / "sets").rglob("*.*")}
+    assert written == set(names)
+    assert load_pretrained(tmp_path / "runs" / "small" / "model")
 
+# --- damaged files ---
 
-def test_without_a_teacher_it_trains_on_the_written_solutions_and_says_so(real, tmp_path):
-    args = sp.parse_arguments(["--size", "small", "--data", str(real / "datasets")])
-    records = list(training_records(args.teacher, args.data))
-    assert args.teacher is None and len(records) == 7473 and all(record.steps is None for record in records)
+GOOD = {"question": "How many?", "answer": "5", "solution": "2 + 3 = 5", "tokens": ["2 + 3", " = 5"],
+        "top_logprobs": [{"2 + 3": -0.1}, {" = 5": -0.2, " is": -2.0}]}
+NESTED = b"[" * 200_000
+LINES = gzip.compress((json.dumps(GOOD) + "\n").encode() * 5000, mtime=0)
 
+def second(**values):
+    """Return a good line and one with other values; keys with None are left out."""
+    record = {key: value for key, value in (GOOD | values).items() if value is not None}
+    return f"{json.dumps(GOOD)}\n{json.dumps(record)}\n"
 
-def test_the_papers_settings_are_the_sizes_defaults():
-    large = sp.parse_arguments(["--size", "large"])
-    assert (large.model, large.micro_batch, large.accumulation) == ("google/flan-t5-large", (8, 12, 18, 30), 20)
-    assert (large.learning_rate, large.epochs, large.warmup, large.max_new_tokens) == (5e-4, 10, 10, 256)
+TEACHERS = [
+    ("a.jsonl", "no teacher record", ""), ("a.jsonl", "line 1", NESTED),
+    ("a.jsonl", "line 2", second()[:-20]), ("a.jsonl", "line 2", second().replace("\n", "\n\n", 1)),
+    ("a.jsonl", "line 3", second().encode() + b'{"question": "\xff"}\n'),
+    ("a.jsonl", "line 1: not a teacher record (a record is [1], a list)", "[1]\n"),
+    ("a.jsonl", "line 1: not a teacher record", " " * (2**24 + 5)),
+    *(("a.jsonl", f"line 2: not a teacher record (no key '{key}')", second(**{key: None}))
+      for key in ("question", "answer", "solution", "tokens")),
+    *(("a.jsonl", f"line 2: not a teacher record ({fault}", second(**values)) for fault, values in [
+        ("question is 5", {"question": 5}), ("the question is empty", {"question": " "}),
+        ("answer is True", {"answer": True}), ("the answer inf", {"answer": "9" * 400}),
+        ("solution is ['a']", {"solution": ["a"]}), ("tokens is 'a'", {"tokens": "a"}),
+        ("a token is 2", {"tokens": [2, " = 5"]}), ("the tokens do not", {"tokens": ["2", "6"]}),
+        ("2 tokens but 1 top", {"top_logprobs": [{}]}), ("30,000 tokens", {
+            "tokens": ["5"] * 30_000, "top_logprobs": [{}] * 30_000}),
+        ("an entry of top_logprobs is [1]", {"top_logprobs": [[1], {}]}),
+        ("a log-probability is '-1'", {"top_logprobs": [{"a": "-1"}, {}]}),
+        ("at '2 + 3', 'a' has the log-probability 0.5", {"top_logprobs": [{"a": 0.5}, {}]}),
+        ("at '2 + 3', 'a' has the log-probability nan", {"top_logprobs": [{"a": math.nan}, {}]}),
+        ("at '2 + 3' the probabilities sum to", {"top_logprobs": [{"a": -0.1, "b": -0.1}, {}]}),
+        ("solution has 1,000,000 characters", {"solution": "5" * 10**6})]),
+    ("a.jsonl", "none of 2 teacher solutions ends in its gold answer", second().replace(
+        '"answer": "5"', '"answer": "6"')),
+    ("a.jsonl.gz", "is the file complete", half(LINES)), ("a.jsonl.gz", "Not a gzipped", b"text"),
+    ("a.jsonl.gz", "line", LINES[:400] + bytes(200) + LINES[600:]),
+    ("a.jsonl.gz", "line 1: not a teacher record", gzip.compress(bytes(2**28), 1)),
+]
 
+@pytest.mark.parametrize("name, fault, content", TEACHERS, ids=range(len(TEACHERS)))
+def test_a_damaged_teacher_is_refused(name, fault, content, tmp_path, refused):
+    damage(tmp_path / name, content)
+    message = refused(sp, "--teacher", name, "--skip-bbh")
+    assert f"{name}" in message and fault in message
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ('{"question": "a", "answer": "1"}', "no key 'solution'"),
-        ('{"question": "a", "answer": "1", "solution": "1", "tokens": ["2"], "top_logprobs": [{}]}', "do not spell"),
-        ('{"question": "a", "answer": "1", "solution": "1", "tokens": ["1"], "top_logprobs": [{"1": 0.5}]}', "'1' has log-probability 0.5, above 0"),
-        ('{"question": "a", "answer": "1", "solution": "1", "tokens": ["1"], "top_logprobs": [{}, {}]}', "1 tokens but 2"),
-        ("[1]", "not a teacher record"),
-        ('{"question": ', "not a teacher record"),
-    ],
-)
-def test_a_bad_teacher_line_is_named(tmp_path, line, message):
-    path = tmp_path / "teacher.jsonl"
-    path.write_text('{"question": "a", "answer": "1", "solution": "1"}\n' + line + "\n")
-    with pytest.raises(InputError, match=f"line 2.*{message}"):
-        list(read_teacher(path))
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("code-ran",)
+
+TRAINING, WEIGHTS = "checkpoint-3/training.pt", "checkpoint-3/model.safetensors"
+
+@pytest.mark.parametrize("name, fault, content", [
+    ("arguments.json", "arguments.json: not an object", half),
+    ("arguments.json", "arguments.json: not an object", "[1]"), (WEIGHTS, WEIGHTS, half),
+    ("log.jsonl", "log.jsonl, line 1: not an entry", '{"st\n{"step": 1}\n'),
+    ("log.jsonl", "log.jsonl, line 2: not an entry", '{"step": 1}\n[]\n{"step": 1}\n'),
+    (TRAINING, TRAINING, half), (TRAINING, TRAINING, b""),
+    (TRAINING, TRAINING, pickle.dumps(RunsCode(), 2)),
+    (TRAINING, TRAINING, pickle.dumps({"step": 3, "optimizer": [{}], "random": 0}, 2))])
+def test_a_damaged_run_is_not_resumed(name, fault, content, tmp_path, refused, teacher):
+    arguments = ["--teacher", "teacher.jsonl", "--name", "one", "--skip-bbh"]
+    run, (model, tokenizer) = tmp_path / "runs" / "one", load_pretrained(TOY / "student")
+    run.mkdir(parents=True)
+    sp.save_checkpoint(run, 3, model, torch.optim.AdamW(model.parameters()), tokenizer)
+    (run / "arguments.json").write_text(
+        json.dumps(sp.recorded(sp.parse_arguments(arguments)), indent=2) + "\n")
+    damage(run / name, content)
+    assert fault in refused(sp, *arguments, "--resume")
