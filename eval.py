@@ -1,8 +1,8 @@
 """Problem sets, prompts, answer extraction and accuracy: what math gained and what BBH lost.
 
 The order is that of an answer: a problem is read and becomes a prompt, the model writes an output,
-the final answer is extracted and compared by exact match, and by the rule behind the paper's
-figures. Tables, plots and the command come last. Nothing here trains.
+the final answer is extracted and compared. Exact match counts; the looser rule of the paper's
+authors is computed beside it. A calculator, tables, plots and the command come last.
 
     python eval.py google/flan-t5-base google/flan-t5-large --tasks gsm8k,multiarith,asdiv,svamp,bbh
     python eval.py --show 5 runs/predictions.jsonl
@@ -13,7 +13,6 @@ import argparse
 import collections
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from t5 import UNK, UserError, best_device, download, in_range, load_pretrained,
 from t5 import packed_weights, pad_sequences, run_command, show_progress
 
 import numpy as np
-import torch  # after t5, which sets how OpenMP's threads wait
+import torch  # after t5, which sets how OpenMP's threads wait: that must precede torch
 
 TOY = Path(__file__).resolve().parent / "data" / "toy"
 DEFAULT_DATA = Path(__file__).resolve().parent / "data" / "downloads"
@@ -39,10 +38,10 @@ DEFAULT_DATA = Path(__file__).resolve().parent / "data" / "downloads"
 
 @dataclass
 class Problem:
-    """A question with its gold answer, a float if numeric, otherwise text.
+    """A question with its gold answer: a float if it is a number, otherwise text.
 
     solution: the reference reasoning, if any, without calculator marks and final-answer line.
-    written: the answer as published (it may contain commas), for the authors' scoring rule."""
+    written: GSM8K's answer as published, with its commas, for the authors' scoring rule."""
 
     question: str
     answer: float | str
@@ -52,12 +51,12 @@ class Problem:
     def __post_init__(self):
         if not (isinstance(self.question, str) and self.question.strip()):
             raise ValueError("the question is empty or not a string")
-        finite = isinstance(self.answer, float) and math.isfinite(self.answer)
-        if not finite and not (isinstance(self.answer, str) and self.answer):
-            raise ValueError(f"the answer {self.answer!r} is neither a finite number nor text")
+        if not isinstance(self.answer, (float, str)) or self.answer in ("", math.inf, -math.inf):
+            raise ValueError(f"the answer {self.answer!r} is neither a finite float nor text")
 
 def parse_gsm8k(line):
-    """Parse a line of GSM8K: a solution with marks such as <<48/2=24>>, then `#### 72`."""
+    """Parse a line of GSM8K: a solution with marks such as <<48/2=24>>, then `#### 72`. In a
+    question file of your own the answer alone, also as a number, will do."""
     entry = json.loads(line)
     if not isinstance(entry["answer"], (str, int, float)):
         raise TypeError(f"the answer is {entry['answer']!r}")
@@ -77,7 +76,7 @@ def parse_asdiv(node):
     return Problem(f"{body} {question}", parse_gold_answer(re.sub(r"\s+\([^()]*\)", "", answer)))
 
 def parse_svamp(entry):
-    """Parse a problem of SVAMP: body and question are joined."""
+    """Parse a problem of SVAMP: body and question become one text."""
     body = entry["Body"].strip()
     body += "" if body.endswith((".", "?", "!", ",")) else ","
     return Problem(f"{body} {entry['Question'].strip()}", float(entry["Answer"]))
@@ -87,38 +86,41 @@ def parse_bbh(entry):
     return Problem(entry["input"], entry["target"])
 
 def parse_gold_answer(text):
-    """Return a published answer as a number if it is one, otherwise as text."""
-    text = re.sub(r"[()]", "", text).strip()
-    return extract_number(text) if NUMBER.fullmatch(text) else text.removesuffix(".")
+    """Return a published answer as a float if it is one number, otherwise as text."""
+    text = re.sub(r"[()]", "", text).strip().removesuffix(".")
+    return extract_number(text) if NUMBER.fullmatch(text) else text
 
 # --- problem sets ---
 
 @dataclass(frozen=True)
 class Dataset:
-    """A math problem set: its name, its file in the data folder, and the parser of one problem.
+    """A math problem set.
 
-    No set has an official validation part: `validation` problems (at most half) are drawn for it.
-    validate: evaluate that part at every checkpoint.
-    select: count it in the choice of the checkpoint."""
+    file: its path in the data folder (.jsonl, .json or .xml).
+    parse: a function from one entry (a line, an object, a node) to a Problem.
+    validation: the size of the validation part (at most half); no set has an official one.
+    validate: evaluate the validation part at every checkpoint.
+    select: count it in the choice of the checkpoint; this needs validate."""
 
     name: str
     file: str
     parse: Callable
-    validation: int = 500
-    validate: bool = True
-    select: bool = True
+    validation: int
+    validate: bool
+    select: bool
 
+# GSM8K is in distribution (training uses its training set), so it does not select.
 DATASETS = {
-    "gsm8k": Dataset("GSM8K", "gsm8k/test.jsonl", parse_gsm8k, select=False),
-    "multiarith": Dataset("MultiArith", "multiarith/MultiArith.json", parse_multiarith, 200),
-    "asdiv": Dataset("ASDiv", "asdiv/ASDiv.xml", parse_asdiv),
-    "svamp": Dataset("SVAMP", "svamp/SVAMP.json", parse_svamp),
+    "gsm8k": Dataset("GSM8K", "gsm8k/test.jsonl", parse_gsm8k, 500, validate=True, select=False),
+    "multiarith": Dataset("MultiArith", "multiarith/MultiArith.json", parse_multiarith, 200,
+                          validate=True, select=True),
+    "asdiv": Dataset("ASDiv", "asdiv/ASDiv.xml", parse_asdiv, 500, validate=True, select=True),
+    "svamp": Dataset("SVAMP", "svamp/SVAMP.json", parse_svamp, 500, validate=True, select=True),
 }
 GSM8K_TRAIN = "gsm8k/train.jsonl"
-# Where to download a file: (repository at a commit, path there, SHA-256).
 GITHUB = os.environ.get("GITHUB_ENDPOINT", "https://raw.githubusercontent.com").rstrip("/")
 GRADE_SCHOOL_MATH = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
-SOURCES = {
+SOURCES = {  # file: (repository at a commit, path there, SHA-256)
     "gsm8k/train.jsonl": (
         GRADE_SCHOOL_MATH, "grade_school_math/data/train.jsonl",
         "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
@@ -147,16 +149,17 @@ BBH_TASKS = """boolean_expressions causal_judgement date_understanding disambigu
     word_sorting""".split()
 
 def bbh_tasks(folder):
-    """Return the 27 tasks; if the data folder contains other tasks, those replace them."""
+    """Return the 27 tasks, or the tasks in the data folder if it contains any other."""
     found = {path.stem for path in Path(folder).glob("bbh/bbh/[!.]*.json")}
     return sorted(found) if found - set(BBH_TASKS) else BBH_TASKS
 
 def display_name(task, folder, cot=True):
-    """Return a task's name for people, so that nobody takes the toy world for the real sets."""
+    """Return a task's name for tables, so that nobody takes the toy world for the real sets."""
     is_toy = Path(folder).resolve() == TOY
     if task == "bbh":
         return f"{'generic' if is_toy else 'BBH'} {'CoT' if cot else 'answer-only'}"
-    return "toy-" * is_toy + DATASETS[task].name
+    name = DATASETS[task].name if task in DATASETS else task
+    return f"toy-{name}" if is_toy else name
 
 def data_file(folder, name):
     """Return the path of a file in the data folder, after downloading it if it is missing."""
@@ -173,7 +176,7 @@ def load(task, split="test", folder=DEFAULT_DATA):
 
     split: "train" (only GSM8K has one), "validation", "test" or "all". Validation and test parts
     are drawn with a fixed seed and are in random order, so that the first n are a sample. A BBH
-    task has only a test part. Raises UserError naming the file and the problem."""
+    task is one test part. Raises UserError naming the file and the problem."""
     if task not in DATASETS and task not in bbh_tasks(folder):
         known = ", ".join([*DATASETS, *bbh_tasks(folder)])
         raise UserError(f"no task {task!r}; choose from {known}")
@@ -193,25 +196,29 @@ def load(task, split="test", folder=DEFAULT_DATA):
     size = min(dataset.validation, len(problems) // 2)
     return problems[:size] if split == "validation" else problems[size:]
 
-BAD_DATA = OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+# What parsing data that are not as expected can raise.
+BAD_DATA = ValueError, LookupError, TypeError, AttributeError, RecursionError
 
 def read_problems(path, parse):
-    """Read a file of problems (.jsonl, .json or .xml). Raises UserError naming file and problem."""
+    """Read a file of problems. Raises UserError naming the file and the line or problem."""
     problems = []
+    remedy = "fix the file; a publisher's file is downloaded again after you delete it"
     try:
         for entry in read_entries(path):
             problems.append(parse(entry))
         if not problems:
             raise ValueError("it contains no problem")
         return problems
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; put the file there") from None
     except (*BAD_DATA, ElementTree.ParseError) as error:
         fault = f"no key {error}" if isinstance(error, KeyError) else error
         unit = "line" if Path(path).suffix == ".jsonl" else "problem"
-        raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; fix the file, or delete it "
-                        "to download it again") from None
+        raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; {remedy}") from None
 
 def read_entries(path):
-    """Return the problems of a file as unparsed lines, JSON objects or XML nodes."""
+    """Return the entries of a file: lines, the objects of a JSON list (in BBH's files the list
+    "examples"), or the XML nodes named Problem."""
     text = Path(path).read_text(encoding="utf-8")
     if Path(path).suffix == ".jsonl":
         return text.strip().split("\n")
@@ -229,13 +236,13 @@ def number_text(answer):
     return str(int(answer) if isinstance(answer, float) and answer.is_integer() else answer)
 
 def math_target(problem, cot):
-    """Return the training target: `{cot}\\nThe answer is {a}`, or just the last line."""
+    """Return the training target: the solution and `The answer is {a}`, or only the latter."""
     answer = f"The answer is {number_text(problem.answer)}"
     return f"{problem.solution}\n{answer}" if cot else answer
 
 def math_prompt(question, cot, demonstrations=()):
-    """Return one of the paper's four inputs: chain of thought or answer-only, with or without
-    demonstrations in context."""
+    """Return one of the paper's four inputs, punctuated as its authors do: chain of thought or
+    answer-only, zero-shot or with demonstrations (Problems) in context."""
     if not cot and not demonstrations:
         return f"Q: {question} A:"
     ask = f"Q: {question}\n" + ("Let's think step by step" if cot else "A:")
@@ -251,7 +258,7 @@ def bbh_prompt(task, question, cot, folder=DEFAULT_DATA):
     ask = "A: Let's think step by step." if cot else "A:"
     return f"{bbh_demonstrations(task, cot, folder)}Q: {question}\n{ask}"
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def bbh_demonstrations(task, cot, folder):
     """Return a task's description and demonstrations; answer-only drops their reasoning."""
     path = data_file(folder, f"bbh/cot-prompts/{task}.txt")
@@ -270,7 +277,8 @@ def bbh_demonstrations(task, cot, folder):
 
 # --- answers ---
 
-# A number as people write it. A minus after a digit or a bracket is a subtraction.
+# A number as people write it. A hyphen after a letter, digit, bracket, "%" or "." is no sign, nor
+# is one after a digit, ")", "%" or "." and a space, as in "48 - 24".
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)%.])(?<![\d)%.] )[-−]\$?|\$-)?\$?"  # -5, −5, -$5, $-5
     r"(?P<value>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"  # 1,234.50 or 12 or .5
@@ -279,13 +287,12 @@ NUMBER = re.compile(
 
 def extract_number(text):
     """Return the final answer of a math solution: the last number in it, or None."""
-    match = None
-    for match in NUMBER.finditer(text):
-        pass
-    if match is None:
+    matches = list(NUMBER.finditer(text))
+    if not matches:
         return None
-    value = float(match["value"].replace(",", "")) / float(match["denominator"] or 1)
-    return -value if match["sign"] else value
+    last = matches[-1]
+    value = float(last["value"].replace(",", "")) / float(last["denominator"] or 1)
+    return -value if last["sign"] else value
 
 def extract_choice(text):
     """Return the final answer of a BBH output by the benchmark's rule.
@@ -305,8 +312,9 @@ def exact_match(output, answer):
 def authors_match(output, answer, is_math, cot):
     """Score an output by the rules behind the paper's figures; answer is a text.
 
-    Math: the last run of digits of either, so signs do not count and "1,080" is read as 80. BBH:
-    the answer occurs anywhere after "the answer is", or anywhere in an answer-only output."""
+    Math: the last digits of output and answer agree, so signs do not count and "1,080" is read as
+    80. BBH: the answer occurs anywhere after "the answer is" (in lower case), or anywhere in an
+    answer-only output."""
     if is_math:
         predicted, target = (re.findall(r"\d*\.?\d+", text) for text in (output, answer))
         return bool(predicted and target) and float(predicted[-1]) == float(target[-1])
@@ -314,7 +322,7 @@ def authors_match(output, answer, is_math, cot):
 
 def self_consistency(outputs, extract):
     """Return the first sampled output whose answer is the most common one (Wang et al., 2022,
-    arXiv 2203.11171). Outputs without an extractable answer do not vote."""
+    arXiv 2203.11171). Math outputs without a number do not vote."""
     answers = [extract(output) for output in outputs]
     votes = collections.Counter(answer for answer in answers if answer is not None)
     return outputs[answers.index(votes.most_common(1)[0][0])] if votes else outputs[0]
@@ -325,7 +333,8 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
              temperature=0.7, use_calculator=False, task="gsm8k", cot=True, file=None):
     """Evaluate a model on problems: greedily, or by majority vote over sampled outputs.
 
-    prompt: a function from question to input (default: zero-shot math).
+    prompt: a function from question to input (default: zero-shot math, chain of thought or not).
+    task: the name that predictions carry; it decides on the authors' rule.
     file: a PredictionFile; outputs already in it are re-scored but not generated again.
     Return an Evaluation with the predictions in the order of the problems."""
     if not problems:
@@ -341,7 +350,8 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
     if use_calculator:
         options["logits_processor"] = calculator(tokenizer)
 
-    # Problems of similar length share a batch, so that little is padded; the longest come first.
+    # Problems of similar length share a batch, so that little is padded. The longest come first: if
+    # they fit into memory, all do.
     order = sorted(input_ids, key=lambda i: -len(input_ids[i]))
     with packed_weights(model.decoder, model.lm_head):
         for start in range(0, len(order), batch_size):
@@ -349,13 +359,13 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
             source = pad_sequences([input_ids[i] for i in batch], device)
             texts = [tokenizer.decode(ids) for ids in model.generate(source, **options).tolist()]
             for n, i in enumerate(batch):
-                outputs[i] = texts[n * samples : (n + 1) * samples]
+                outputs[i] = texts[n * samples : (n + 1) * samples]  # samples are adjacent
                 if file:
                     file.add(score(problems[i], task, prompts[i], outputs[i], cot))
             show_progress(f"{task}: {min(start + batch_size, len(order))} of {len(order)}")
     show_progress("")
-    return summarize([score(*each, cot) for each in
-                      zip(problems, itertools.repeat(task), prompts, outputs)])
+    return summarize([score(problem, task, prompts[i], outputs[i], cot)
+                      for i, problem in enumerate(problems)])
 
 def score(problem, task, prompt, outputs, cot):
     """Return the prediction for a problem: a dict with its score by exact match and by the
@@ -373,11 +383,11 @@ def score(problem, task, prompt, outputs, cot):
 
 def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None,
                   shots=0, **options):
-    """Evaluate a task by name; "bbh" is the mean over all BBH tasks, on their test parts.
+    """Evaluate a task by name; "bbh" is the mean over all BBH tasks. BBH has only a test part.
 
     limit: at most this many problems per task.
     shots: demonstrations from GSM8K's training set before a math problem (BBH has its own three).
-    """
+    options: see evaluate()."""
     if task == "bbh":
         parts = [evaluate_task(model, tokenizer, name, cot, "test", folder, limit, **options)
                  for name in bbh_tasks(folder)]
@@ -394,7 +404,8 @@ def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA
 
 @dataclass
 class Evaluation:
-    """An accuracy (0 to 1), its standard error, and one prediction (a dict) per problem."""
+    """An accuracy (0 to 1) or a difference of two, its standard error, and one prediction (a dict)
+    per problem."""
 
     accuracy: float
     stderr: float
@@ -403,16 +414,17 @@ class Evaluation:
 def summarize(predictions, rule="correct", baseline=None):
     """Average predictions over tasks; return an Evaluation.
 
-    rule: "correct" or "correct_by_authors".
-    baseline: another model's predictions on the same problems. Then the accuracy is the difference
-    to them and the standard error that of paired differences."""
-    scores = {}
-    for prediction, other in zip(predictions, baseline or itertools.repeat({rule: 0})):
-        scores.setdefault(prediction["task"], []).append(prediction[rule] - other[rule])
-    tasks = [np.array(task, dtype=float) for task in scores.values()]
-    variance = sum(task.var() / len(task) for task in tasks) / len(tasks) ** 2
-    mean = float(np.mean([task.mean() for task in tasks]))
-    return Evaluation(mean, float(variance) ** 0.5, predictions)
+    rule: "correct" (exact match) or "correct_by_authors".
+    baseline: another model's predictions on the same problems. Then the result is the difference to
+    them, with the standard error of paired differences."""
+    scores = {}  # task: one number per problem
+    for i, prediction in enumerate(predictions):
+        reference = baseline[i][rule] if baseline else 0
+        scores.setdefault(prediction["task"], []).append(prediction[rule] - reference)
+    means = [np.mean(values) for values in scores.values()]
+    variances = [np.var(values) / len(values) for values in scores.values()]  # of each mean
+    stderr = float(np.sum(variances)) ** 0.5 / len(scores)
+    return Evaluation(float(np.mean(means)), stderr, predictions)
 
 # --- a calculator for decoding ---
 
@@ -422,22 +434,22 @@ def calculator(tokenizer):
     Cobbe et al., 2021 (arXiv 2110.14168) trained with a calculator; here it only helps decoding. If
     the text before "=" is not clearly arithmetic, the model is left alone."""
     equals = {i for i, piece in enumerate(tokenizer.pieces) if piece.endswith("=")}
-    points = {i for i, piece in enumerate(tokenizer.pieces) if piece in (".", ",")}
+    marks = {i for i, piece in enumerate(tokenizer.pieces) if piece in (".", ",")}
     digits = [i for i, piece in enumerate(tokenizer.pieces) if re.match(r"[.,]?\d", piece)]
 
     @functools.lru_cache(maxsize=4096)
     def value_ids(ids):
         text = tokenizer.decode(ids)
         value = None if UNK in ids else compute(text)  # <unk> may be an operator
-        prefix = "" if text.endswith(" =") else "="
-        return tokenizer.encode(prefix + value)[len(prefix) : -1] if value else []
+        glue = "" if text.endswith(" =") else "="  # after "=" alone, no space: its piece is dropped
+        return tokenizer.encode(glue + value)[len(glue) : -1] if value else []
 
     def process(rows, logits):  # (B, t), (B, V) -> (B, V)
         for row, ids in enumerate(rows.tolist()):
             start = max((t + 1 for t, i in enumerate(ids) if i in equals), default=0)
             value = value_ids(tuple(ids[:start])) if start else []
             written = ids[start:]
-            if value and (written == value or written[:-1] == value and written[-1] in points):
+            if value and (written == value or written[:-1] == value and written[-1] in marks):
                 logits[row, digits] = -math.inf  # no more digits, and no decimals
             elif value and written == value[: len(written)]:
                 logits[row] = -math.inf
@@ -458,7 +470,7 @@ def compute(text):
     unclear = re.search(r"^[+*/x]|^- |\d\s*\(|\)\s*[\d(]|\d\s+\d|\*\*|//", expression)
     if unclear or not re.search(r"[\d)]\s*[-+*/x]", expression):
         return None
-    try:  # only digits, operators and brackets are left
+    try:  # eval sees nothing but digits, operators and brackets
         value = eval(expression.translate(str.maketrans("x", "*", "$,")), {"__builtins__": {}})
         digits = f"{value:.4f}".rstrip("0").rstrip(".")
     except (SyntaxError, ZeroDivisionError, OverflowError, TypeError, ValueError, MemoryError):
@@ -468,7 +480,7 @@ def compute(text):
 # --- predictions, tables ---
 
 class PredictionFile:
-    """Predictions in a JSONL file, flushed line by line, so that an evaluation can be resumed.
+    """Predictions in a JSONL file, written line by line, so that an evaluation can be resumed.
 
     Each line records the model's name and the settings that affect its output (weights, decoding).
     A line is reused only if task, prompt, model and settings are the same, so one file can hold
@@ -481,6 +493,9 @@ class PredictionFile:
         for p in read_predictions(path) if self.path.exists() else ():
             if {key: p.get(key) for key in self.origin} == self.origin:
                 self.known[p["task"], p["prompt"]] = p.get("outputs", [p["output"]])
+        if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+            with open(self.path, "a") as file:
+                file.write("\n")  # end a line that was cut short
 
     def outputs(self, task, prompt):
         """Return the model's outputs for a prompt, a list of texts, or None if unknown."""
@@ -489,14 +504,12 @@ class PredictionFile:
     def add(self, prediction):
         """Append a prediction."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            if file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
-                file.write(b"\n")  # end a line that was cut short
-            file.write(json.dumps(self.origin | prediction).encode() + b"\n")
+        with open(self.path, "a") as file:
+            file.write(json.dumps(self.origin | prediction) + "\n")
 
 def read_predictions(path):
     """Read a file of predictions as dicts. Raises UserError if it is something else."""
-    predictions, damaged = [], 0
+    predictions = []
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -505,13 +518,12 @@ def read_predictions(path):
         try:
             prediction = json.loads(line)
         except (ValueError, RecursionError):
-            damaged += 1
-            continue
+            continue  # cut short
         keys = ("task", "prompt", "output")
         if type(prediction) is not dict or not all(type(prediction.get(k)) is str for k in keys):
             raise UserError(f"{path}, line {number}: not a prediction; choose another --out")
         predictions.append(prediction)
-    if damaged > 1 + len(predictions) or (damaged and not lines[0].startswith(b"{")):
+    if lines and not predictions and not lines[0].startswith(b"{"):
         raise UserError(f"{path}: not a file of predictions; choose another --out")
     return predictions
 
@@ -525,41 +537,34 @@ def table(columns, rows):
     return "\n".join(f"{name:<{first}}" + "".join(f"  {x:>{n}}" for x, n in zip(cells, widths))
                      for name, *cells in lines)
 
-def compare(tasks, models):
+def compare(names, models):
     """Format a table with a row per task and a column per model, {model: [Evaluation per task]}.
 
-    Each model but the first also has a column with its paired difference to the first. The rows
-    follow twice: by exact match, then by the authors' rules, with what these change."""
+    Each model but the first also has a column with its paired difference to the first. Below the
+    rows by exact match are the same rows by the authors' rules."""
     baseline, *others = models.values()
     columns, rows = list(models) + [f"{name} - first" for name in list(models)[1:]], []
     for rule, suffix in (("correct", ""), ("correct_by_authors", ", authors' rule")):
-        for i, task in enumerate(tasks):
+        for i, name in enumerate(names):
             entries = [summarize(e[i].predictions, rule) for e in models.values()]
             entries += [summarize(e[i].predictions, rule, baseline[i].predictions) for e in others]
-            rows.append((f"{task} ({len(baseline[i].predictions)}){suffix}", entries))
-    lines = [table(columns, rows), ""]
-    predictions = [p for entries in models.values() for e in entries for p in e.predictions]
-    for name, is_math in (("math", True), ("BIG-Bench Hard", False)):
-        chosen = [p for p in predictions if (p["task"] in DATASETS) == is_math]
-        missed = sum(p["correct"] and not p["correct_by_authors"] for p in chosen)
-        accepted = sum(p["correct_by_authors"] and not p["correct"] for p in chosen)
-        if chosen:
-            lines.append(f"On {len(chosen):,} {name} outputs the authors' rule rejects {missed:,} "
-                         f"right answers and accepts {accepted:,} wrong ones.")
-    return "\n".join(lines)
+            rows.append((f"{name} ({len(baseline[i].predictions)}){suffix}", entries))
+    return table(columns, rows)
 
 def show_cases(path, count, tasks):
-    """Yield lines of text: up to `count` right and wrong predictions per model and task."""
+    """Yield lines of text: up to `count` right and wrong predictions per model, task and settings.
+    tasks: names, "bbh" for all that are not math sets, or nothing for all."""
     width = shutil.get_terminal_size((80, 24)).columns
     groups = {}
     for p in read_predictions(path):
-        if p["task"] in tasks or not tasks:
-            key = p.get("model", ""), p["task"], bool(p.get("correct"))
+        if not tasks or p["task"] in tasks or ("bbh" in tasks and p["task"] not in DATASETS):
+            settings = json.dumps(p.get("settings", {}))
+            key = p.get("model", ""), p["task"], settings, not p.get("correct")
             groups.setdefault(key, []).append(p)
     if not groups:
         raise UserError(f"{path}: no prediction of these tasks yet; `eval.py MODEL` writes them")
-    for (model, task, correct), cases in sorted(groups.items()):
-        yield f"=== {model}, {task}: {len(cases)} {'right' if correct else 'wrong'} ==="
+    for (model, task, settings, wrong), cases in sorted(groups.items()):
+        yield f"=== {model}, {task}: {len(cases)} {'wrong' if wrong else 'right'} === {settings}"
         for p in cases[:count]:
             answer = f"-> {p.get('extracted')}   gold: {p.get('answer')}"
             text = f"{p.get('question') or p['prompt']}\n\n{p['output']}\n{answer}"
@@ -611,7 +616,7 @@ def read_log(path):
     try:
         for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
             entry = json.loads(line)
-            entry["step"] + 0
+            int(entry["step"])  # raises if it is none
             entries.append(entry)
         return entries
     except OSError as error:
@@ -684,7 +689,7 @@ def weights_hash(model):
     return hashlib.sha256(b"".join(few)).hexdigest()[:16]
 
 def main():
-    """Print the accuracies of models on tasks."""
+    """Print the accuracies of models on tasks; or show predictions, or plot a run's log."""
     args = parse_arguments()
     if args.show is not None:
         for path in args.models:
@@ -696,6 +701,8 @@ def main():
     known = [*DATASETS, "bbh", *bbh_tasks(args.data)]
     if unknown := [task for task in args.tasks if task not in known]:
         raise UserError(f"no task {unknown[0]!r}; choose from {', '.join(known)}")
+    if args.plot:
+        new_figure("", "")  # raises if matplotlib is missing
     for name in args.models:  # find all models before evaluating the first
         model_file(name, "config.json")
     models, points = {}, {task: [] for task in args.tasks}
@@ -714,7 +721,7 @@ def main():
         size = sum(parameter.numel() for parameter in model.parameters())
         for task, e in zip(args.tasks, models[name]):
             points[task].append((size, e.accuracy, e.stderr))
-    print(compare(args.tasks, models))
+    print(compare([display_name(task, args.data, args.cot) for task in args.tasks], models))
     if args.plot:
         scaling_plot(args.plot, points)
 

@@ -37,8 +37,8 @@ from t5 import EOS, PAD, T5, UserError, best_device, in_range, load_pretrained, 
 from t5 import run_command
 from align import BYTES, char_to_token, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, Problem, bbh_prompt, bbh_tasks, display_name
-from eval import evaluate_task, exact_match, extract_number, load, math_demonstration, math_prompt
-from eval import math_target, number_text, parse_gold_answer, read_log, table
+from eval import evaluate_task, exact_match, load, math_demonstration, math_prompt, math_target
+from eval import number_text, parse_gold_answer, read_log, table
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait
@@ -353,7 +353,7 @@ def validate(model, tokenizer, args):
 def ood_accuracy(entry):
     """Return what a checkpoint is selected by: the mean accuracy on the out-of-distribution sets
     (paper: The process of specialization and generalization)."""
-    chosen = [task for task, dataset in DATASETS.items() if dataset.select]
+    chosen = [task for task, dataset in DATASETS.items() if dataset.validate and dataset.select]
     return sum(entry["validation"][task][0] for task in chosen) / len(chosen)
 
 def best_checkpoint(evaluations):
