@@ -6,9 +6,8 @@ s = s_1..s_L (teacher) and t = t_1..t_N (student) by the recursion
 
     f(i, j) = min(f(i-1, j), f(i, j-1), f(i-1, j-1)) + c(s_i, t_j),    f(1, 1) = c(s_1, t_1)
 
-If the cheapest path from (1, 1) to (L, N) visits (i, j), then s_i and t_j are aligned. Diagonal
-steps pair tokens off; the other steps align several tokens with one. All depends on the cost c, and
-on which path is taken if several are cheapest.
+If the cheapest path from (1, 1) to (L, N) visits (i, j), then s_i and t_j are aligned. All depends
+on the cost c, and on which path is taken if several are cheapest.
 
 Why not the edit distance of the two strings, as in the paper? It ignores where they occur in the
 text. Let the teacher write `a`, ` $`, `12` and the student `▁a`, `▁$12` (spaces do not count). If
@@ -26,10 +25,9 @@ character. It may also pass through pairs without overlap at no cost; preferring
 ties selects the shortest such path.
 
 Both token sequences are first normalized much as T5 normalizes text: Unicode NFKC, and every run of
-whitespace, including newlines, as one space. If the texts still differ, because of an unknown
-character or one that is split over several tokens, only the characters that a sequence matcher
-finds in both count. Tokens between them are paired off along the diagonal, so every student token
-is aligned with a contiguous, ordered span of teacher tokens.
+whitespace, including newlines, as one space. If the texts still differ (an unknown character, or
+one that is split over several tokens), only the characters that a sequence matcher finds in both
+count, and tokens between them are paired off along the diagonal.
 
 This file needs only numpy and knows nothing of models or training.
 Letters: L teacher tokens, N student tokens, k entries of a target row. Code counts from 0.
@@ -242,7 +240,7 @@ def transfer(steps, student, vocab, k=5, aligned=None):
 @functools.lru_cache(maxsize=2**18)
 def spelling(candidate, add_space):
     """Spell a candidate as a student piece: " 24" is "▁24", and with add_space so is "24".
-    Whitespace around it is dropped. A single space is "▁", other whitespace "", which is no piece."""
+    Whitespace around it is dropped; a single space is "▁", other whitespace "" (no piece)."""
     word = normalize(candidate).strip().replace(" ", WORD_BOUNDARY)
     if not word:
         return WORD_BOUNDARY if candidate in (" ", WORD_BOUNDARY) else ""
@@ -289,11 +287,10 @@ def main():
     import tiktoken
 
     parser = argparse.ArgumentParser(description="Draw the alignment of two tokenizations.")
-    parser.add_argument("text", help="text, or a file of teacher records, whose first is drawn")
-    parser.add_argument("--teacher", default="p50k_base",
-                        help="tiktoken encoding of a text (default: %(default)s)")
-    parser.add_argument("--student", help="T5's spiece.model, or a folder that contains it "
-                        "(default: one in the Hugging Face cache)")
+    add = parser.add_argument
+    add("text", help="text, or a file of teacher records, whose first one is drawn")
+    add("--teacher", default="p50k_base", help="tiktoken encoding of a text (default: %(default)s)")
+    add("--student", help="folder with T5's spiece.model (default: one in the Hugging Face cache)")
     args = parser.parse_args()
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     cached = home.glob("hub/*t5*/snapshots/*/spiece.model")
@@ -302,8 +299,8 @@ def main():
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {path}: {error}; `python t5.py google/flan-t5-small hi` downloads one, or "
-                 "use --student FOLDER")
+        sys.exit(f"error: {path}: {error}; `python t5.py google/flan-t5-small hi` downloads one, "
+                 "or use --student FOLDER")
     try:
         if args.text.endswith((".jsonl", ".jsonl.gz")):
             with (gzip.open if args.text.endswith(".gz") else open)(args.text, "rt") as lines:

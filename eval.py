@@ -669,8 +669,8 @@ def parse_arguments():
     add("--limit", type=positive, help="problems per task (default: all)")
     add("--batch-size", type=positive, default=32, help="problems per batch (default: 32)")
     add("--max-new-tokens", type=positive, default=256, help="longest output (default: 256)")
-    add("--out", type=Path, default=Path("runs/predictions.jsonl"), help="file of predictions; those "
-        "in it are not generated again (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/predictions.jsonl"), help="file of predictions; "
+        "those in it are not generated again (default: %(default)s)")
     add("--show", type=in_range(int), metavar="N", help="show N right and N wrong predictions per "
         "task of the files given as MODEL, and exit")
     add("--plot", type=Path, metavar="PICTURE", help="plot accuracy against model size, or the "

@@ -9,7 +9,7 @@ problems and accuracies in eval.py.
     python specialize.py --size base --teacher teacher.jsonl.gz            FlanT5 on one GPU
     python specialize.py --size base --teacher teacher.jsonl.gz --resume   continue a run
 
-Letters: B batch, S source length, T target length, V vocabulary, K entries of a teacher row.
+Letters: B batch, S source length, T target length, V vocabulary, K teacher candidates per token.
 """
 
 import argparse
@@ -48,9 +48,11 @@ import torch.nn.functional as F
 
 @dataclass
 class Record:
-    """One solution of the teacher, in problem.solution, with the question and its gold answer.
+    """One solution of the teacher.
 
-    steps: per token of the solution (token, {candidate: probability}), or None if not reported.
+    problem: the question, its gold answer, and the teacher's solution.
+    steps: a list with (token, {candidate: probability}) per token of the solution, or None if the
+    teacher reported no probabilities.
     source: the file and line it comes from, for messages."""
 
     problem: Problem
@@ -106,45 +108,51 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5):
     """Turn the records with right answers into examples; also return a one-line summary.
 
     Chain-of-thought formats yield one example per solution, with the teacher's distributions if it
-    reported any and the loss needs them. Answer-only formats yield one example per question."""
+    reported any, unless loss is "nll". Answer-only formats yield one example per question."""
     vocab = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    cot_formats = [name for name in formats if FORMATS[name][0]]
     examples, first_record, count = [], {}, collections.Counter()
     for record in records:
         count["read"] += 1
-        if not exact_match(record.problem.solution, record.problem.answer):
-            wrong = record
+        if not exact_match(record.problem.solution, record.problem.answer):  # the final answers
+            last_wrong = record
             continue
         count["right"] += 1
         first_record.setdefault(record.problem.question, record)
         text = target_text(record.problem)
         labels = np.array(tokenizer.encode(text), np.int32)  # (T,)
         ids = probs = None
-        if record.steps and loss != "nll":
-            added = text.removeprefix(record.problem.solution)  # "The answer is": not the teacher's
+        if record.steps and cot_formats and loss != "nll":
+            # The line "The answer is" may have been added; the teacher has no candidates for it.
+            added = text.removeprefix(record.problem.solution)
             steps = record.steps + ([(added, {})] if added else [])
+            # One distribution per token but </s>; one-hot if the teacher has none for it.
             ids, probs = transfer(steps, tokenizer.split(text), vocab, k)  # (T - 1, K)
-            ids = np.vstack([ids, np.eye(1, k, dtype=np.int32) * EOS])  # </s> is certain
-            probs = np.vstack([probs, np.eye(1, k, dtype=np.float32)])
+            certain = np.eye(1, k, dtype=np.float32)  # [[1, 0, ..]]
+            ids = np.vstack([ids, np.int32(EOS * certain)])
+            probs = np.vstack([probs, certain])
             count["tokens"] += len(labels)
             count["several"] += int((probs[:, 1] > 0).sum())
         examples += [Example(name, record.problem, labels, ids, probs, record.source)
-                     for name in formats if FORMATS[name][0]]
+                     for name in cot_formats]
     if not count["right"]:
-        last = f"; {wrong.source} does not end in {wrong.problem.answer}" if count["read"] else ""
+        last = ""
+        if count["read"]:
+            last = f"; {last_wrong.source} does not end in {last_wrong.problem.answer}"
         raise UserError(f"none of {count['read']:,} teacher solutions ends in its gold answer"
                         f"{last}; choose another --teacher")
     for record in first_record.values():
         labels = np.array(tokenizer.encode(math_target(record.problem, cot=False)), np.int32)
         examples += [Example(name, record.problem, labels, None, None, record.source)
-                     for name in formats if not FORMATS[name][0]]
+                     for name in formats if name not in cot_formats]
     summary = f"{count['right']:,} of {count['read']:,} solutions are right"
     if count["tokens"]:
         share = count["several"] / count["tokens"]
-        summary += f"; {share:.1%} of their tokens have several candidates of the teacher"
+        summary += f"; the teacher has more than one candidate for {share:.1%} of their tokens"
     return examples, summary
 
 def target_text(problem):
-    """Return the target of chain-of-thought formats; a solution that states its answer stays."""
+    """Return the target of chain-of-thought formats: the solution, and its answer unless stated."""
     stated = "answer is" in problem.solution.rpartition("\n")[2]
     return problem.solution if stated else math_target(problem, cot=True)
 
@@ -154,12 +162,13 @@ def make_batches(examples, pool, encode, micro_batch_sizes, seed, epoch):
     """Return an epoch's micro-batches in random order, each a list of (example, demonstrations).
 
     A micro-batch holds micro_batch_sizes[format] examples of one format. To limit padding, the
-    shuffled examples are sorted by target length within windows of 64 micro-batches, then by total
-    length within windows of 8. Demonstrations come from pool and are never the question itself."""
+    shuffled examples are sorted by target length within windows of 64 micro-batches (targets cost
+    most: their logits are (B, T, V)), then by total length within windows of 8.
+    pool: the problems that demonstrations are drawn from, except the question itself."""
     rng = random.Random(f"{seed}, {epoch}")
 
     def demonstrations(example):
-        drawn = rng.sample(pool, min(SHOTS + 1, len(pool)))
+        drawn = rng.sample(pool, min(SHOTS + 1, len(pool)))  # one to spare
         return [shot for shot in drawn if shot.question != example.problem.question][:SHOTS]
 
     def total_length(pair):
@@ -183,9 +192,8 @@ def sort_in_windows(items, size, key):
     return [item for window in windows for item in sorted(window, key=key)]
 
 def encode_prompt(example, demonstrations, encode):
-    """Return the ids (S,) of an example's input.
-
-    Its parts are encoded, and cached, one by one: T5 pieces never span a space."""
+    """Return the ids (S,) of an example's input, put together from parts that encode() has cached.
+    This is safe because T5 pieces never span a space."""
     cot, _ = FORMATS[example.format]
     parts = [encode(math_demonstration(shot, cot))[:-1] for shot in demonstrations]  # no </s>
     return np.concatenate([*parts, encode(math_prompt(example.problem.question, cot))])
@@ -200,14 +208,15 @@ def collate(pairs, encode, device):
     batch = {
         "input_ids": input_ids,
         "labels": labels,
-        "decoder_input_ids": F.pad(labels, (1, -1), value=PAD),  # shifted right
+        "decoder_input_ids": F.pad(labels, (1, -1), value=PAD),  # shifted right, from PAD on
         "loss_mask": labels != PAD,
     }
-    k = max(0 if ex.teacher_ids is None else ex.teacher_ids.shape[1] for ex, _ in pairs)
-    if k:
-        ids = torch.zeros(*labels.shape, k, dtype=torch.long)
-        probs = torch.zeros(*labels.shape, k)
-        ids[..., 0], probs[..., 0] = labels, batch["loss_mask"]  # one-hot, if a row has none
+    sizes = [ex.teacher_ids.shape[1] for ex, _ in pairs if ex.teacher_ids is not None]
+    if sizes:
+        ids = torch.zeros(*labels.shape, max(sizes), dtype=torch.long)
+        probs = torch.zeros(*labels.shape, max(sizes))
+        ids[..., 0] = labels  # one-hot, for examples without distributions
+        probs[..., 0] = batch["loss_mask"].float()
         for b, (example, _) in enumerate(pairs):
             if example.teacher_ids is not None:
                 ids[b, : len(example.labels)] = torch.from_numpy(example.teacher_ids)
@@ -221,9 +230,9 @@ def kl_loss(logits, ids, probs, mask):
     """Distribution matching: the mean over tokens of KL(p || q) = sum_i p_i (log p_i - log q_i).
 
     logits (B, T, V) give the student's q. ids, probs (B, T, K): the teacher's most probable tokens,
-    unused slots with probability 0. mask (B, T): True for tokens that count. All other p_i are 0,
-    so K entries of q suffice, and no (B, T, V) tensor of the teacher is built. If the K
-    probabilities sum to m < 1, the minimum is m log m rather than 0."""
+    unused slots with probability 0. mask (B, T): True for tokens that count. All other p_i count as
+    0, so K entries of q suffice, and no (B, T, V) tensor of the teacher is built. If the K
+    probabilities sum to m < 1, the minimum is m log m rather than 0 (at q_i = p_i / m)."""
     return SparseKL.apply(logits, ids.long(), probs, mask / mask.sum())
 
 def nll_loss(logits, targets, mask):
@@ -235,16 +244,16 @@ def nll_loss(logits, targets, mask):
 class SparseKL(torch.autograd.Function):
     """sum over tokens of weight * KL(p || q), with p on K entries and q = softmax(z), in fp32.
 
-    With m = sum_i p_i, the gradient is dKL/dz_v = m q_v - p_v. A hand-written backward needs only
-    one fp32 tensor of z's shape: q is overwritten in place to become the gradient. Autograd would
-    keep three. (Hence once_differentiable: backward can run only once.)"""
+    With m = sum_i p_i, the gradient is dKL/dz_v = m q_v - p_v. With this written by hand, the peak
+    is one fp32 tensor of z's shape, where autograd needs three: q is overwritten to become the
+    gradient. Therefore backward can run only once."""
 
     @staticmethod
     def forward(ctx, z, ids, p, weight):
         q = z.softmax(-1, dtype=torch.float32)  # (B, T, V)
         ctx.save_for_backward(q, ids, p, weight)
         ctx.dtype = z.dtype
-        # Compute log q_i relative to the largest logit, because q_i itself can underflow.
+        # log q_i = z_i - max z + log max q, because q_i itself can underflow.
         highest = z.amax(-1, keepdim=True).float()  # (B, T, 1)
         log_q = z.gather(-1, ids).float() - highest + q.amax(-1, keepdim=True).log()  # (B, T, K)
         kl = torch.xlogy(p, p) - p * log_q.masked_fill(p == 0, 0.0)  # 0 in unused slots
@@ -254,7 +263,7 @@ class SparseKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         q, ids, p, weight = ctx.saved_tensors
-        p = p * (weight * gradient).unsqueeze(-1)
+        p = p * (weight * gradient).unsqueeze(-1)  # the chain rule
         grad = q.mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p)  # m q_v - p_v
         return grad.to(ctx.dtype), None, None, None
 
@@ -273,7 +282,8 @@ def batch_loss(model, batch, loss):
 # --- the loop ---
 
 def get_lr(step, steps, peak, warmup):
-    """Return the learning rate of step 0, 1, .. steps - 1: warm-up, then half a cosine to 0."""
+    """Return the learning rate of step 0, 1, .. steps - 1: half a cosine towards 0, times a linear
+    warm-up."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return peak * cosine * min(1.0, (step + 1) / max(1, warmup))
 
@@ -281,8 +291,10 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     """Train a model, save and evaluate checkpoints, and return the best one's log entry.
 
     pool: the problems that demonstrations are drawn from.
-    run: the folder of log and checkpoints; with args.resume continue from the last, bit for bit.
-    measure(model, tokenizer, args) -> dict evaluates a checkpoint (default: validate).
+    run: the folder of log and checkpoints; args.resume continues from its last checkpoint, bit for
+    bit.
+    measure: another function than validate to evaluate a checkpoint; it must return at least what
+    validate returns.
     Raises UserError if a loss or gradient is not finite, KeyboardInterrupt after Ctrl-C."""
     encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
     sizes = dict(zip(FORMATS, args.micro_batch_size))
@@ -294,14 +306,15 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     optimizer = make_optimizer(model.parameters(), args.optimizer, args.weight_decay)
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
-    step = start = load_checkpoint(run, model, optimizer) if args.resume else 0
+    start = load_checkpoint(run, model, optimizer) if args.resume else 0
+    step = start
     log = TrainingLog(run / "log.jsonl", start, steps, args)
     with stop_after_step() as stop:
         while True:
-            # Evaluate the checkpoint just saved.
+            # Evaluate the checkpoint of this step, if the last pass saved one.
             due = step > 0 and (step % args.checkpoint_every == 0 or step == steps)
             if due and step not in log.evaluations and not stop.is_set():
-                log.evaluation({"step": step} | (measure or validate)(model, tokenizer, args))
+                log.add_evaluation({"step": step} | (measure or validate)(model, tokenizer, args))
             if stop.is_set():
                 raise KeyboardInterrupt
             if step == steps:
@@ -309,7 +322,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
 
             # Draw the batches of the next optimizer step; each epoch is shuffled again.
             epoch, position = divmod(step, per_epoch)
-            if position == 0 or step == start:
+            if position == 0 or step == start:  # a new epoch, or resumed within one
                 batches = make_batches(examples, pool, encode, sizes, args.seed, epoch)
             n = args.gradient_accumulation_steps
             micro_batches = batches[position * n : (position + 1) * n]
@@ -326,7 +339,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
                     loss = batch_loss(model, batch, args.loss)
                 (loss / len(micro_batches)).backward()
                 losses.append(loss.detach())
-                log.micro_batch(batch, losses[-1])
+                log.add_micro_batch(batch, losses[-1])
 
             # Clip the gradients, update the weights, and save.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -334,7 +347,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
             optimizer_step(optimizer)
             optimizer.zero_grad()
             step += 1
-            log.step(step, lr)
+            log.add_step(step, lr)
             if stop.is_set() or step % args.checkpoint_every == 0 or step == steps:
                 save_checkpoint(run, step, model, optimizer, tokenizer)
                 best = [best_checkpoint(log.evaluations)["step"]] if log.evaluations else []
@@ -351,7 +364,7 @@ def validate(model, tokenizer, args):
     return {"validation": result}
 
 def ood_accuracy(entry):
-    """Return what a checkpoint is selected by: the mean accuracy on the out-of-distribution sets
+    """Return the mean accuracy on the out-of-distribution sets, by which a checkpoint is selected
     (paper: The process of specialization and generalization)."""
     chosen = [task for task, dataset in DATASETS.items() if dataset.validate and dataset.select]
     return sum(entry["validation"][task][0] for task in chosen) / len(chosen)
@@ -467,25 +480,29 @@ def stochastic_round(x):
 def find_run(args):
     """Return the run's folder; with --resume, an existing one with the same arguments."""
     name = args.name or args.size
-    run = Path("runs") / name
+    folders = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    existing = list(itertools.takewhile(Path.exists, folders))
+    if args.name or not existing:
+        run = Path("runs") / name
+    else:  # NAME, NAME-2, ..: continue the latest, or start the next
+        run = existing[-1] if args.resume else Path(f"runs/{name}-{len(existing) + 1}")
     path = run / "arguments.json"
-    if args.resume:
-        if not path.exists():
-            raise UserError(f"{run}: no run to resume; choose one with --name")
-        try:
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: not an object ({error}); start with another --name") from None
-        changed = [f"--{key.replace('_', '-')} {before.get(key)}"
-                   for key, value in recorded(args).items() if before.get(key) != value
-                   and key not in ("log_every", "test_limit", "skip_bbh")]  # these may differ
-        if changed:
-            raise UserError(f"{run} started with other arguments; resume it with "
-                            f"{', '.join(changed)}")
-    elif args.name and path.exists():
-        raise UserError(f"{run} exists; continue it with --resume, or choose another --name")
-    elif not args.name and run.exists():
-        run = next(r for i in itertools.count(2) if not (r := Path(f"runs/{name}-{i}")).exists())
+    if not args.resume:
+        if path.exists():
+            raise UserError(f"{run} exists; continue it with --resume, or choose another --name")
+        return run
+    if not path.exists():
+        raise UserError(f"{run}: no run to resume; choose one with --name")
+    try:
+        before = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not an object ({error}); start with another --name") from None
+    may_differ = ("log_every", "test_limit", "skip_bbh")
+    differing = [f"--{key.replace('_', '-')} {before.get(key)}"
+                 for key, value in recorded(args).items()
+                 if before.get(key) != value and key not in may_differ]
+    if differing:
+        raise UserError(f"{run} started with other arguments; use {', '.join(differing)}")
     return run
 
 def recorded(args):
@@ -521,13 +538,13 @@ class TrainingLog:
         atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.evaluations = {entry["step"]: entry for entry in entries if "validation" in entry}
 
-    def micro_batch(self, batch, loss):
+    def add_micro_batch(self, batch, loss):
         """Count a micro-batch."""
         name = self.args.loss if "teacher_ids" in batch else "nll"
         self.losses.setdefault(name, []).append(loss)
-        self.tokens += batch["input_ids"].numel() + batch["labels"].numel()
+        self.tokens += batch["input_ids"].numel() + batch["labels"].numel()  # with padding
 
-    def step(self, step, lr):
+    def add_step(self, step, lr):
         """Report an optimizer step if it is due."""
         if step % self.args.log_every and step != self.steps:
             return
@@ -542,7 +559,7 @@ class TrainingLog:
               f"{minutes:.1f} min left", flush=True)
         self.write({"step": step, "learning_rate": lr, "tokens_per_second": speed, **means})
 
-    def evaluation(self, entry):
+    def add_evaluation(self, entry):
         """Report the evaluation of a checkpoint; its time does not count as training."""
         self.evaluations[entry["step"]] = entry
         self.write(entry)

@@ -373,7 +373,8 @@ class T5(nn.Module):
             tensors["lm_head.weight"] = self.lm_head.weight.data
         config = asdict(self.config) | FIXED | {"tie_word_embeddings": scaled}
         config |= {"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}
-        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / "config.json.tmp").write_text(text)
         write_safetensors(tensors, folder / "model.safetensors.tmp")
         for name in ("config.json", "model.safetensors"):
             os.replace(folder / f"{name}.tmp", folder / name)
@@ -742,7 +743,7 @@ def run_command(main):
 def main():
     """Generate from one text: python t5.py MODEL "text"."""
     parser = argparse.ArgumentParser(description="Generate text with a T5 checkpoint.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("model", help="folder or hub name such as google/flan-t5-small")
     add("text", help="input, such as 'Q: What is 2 + 3? A:'")

@@ -38,8 +38,6 @@ SHAPES = {"small": dict(d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_heads
           "base": dict(d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_heads=12)}
 VOCABULARY, DATASETS = REAL_DATA / "tokenizers" / "t5", REAL_DATA / "datasets"
 
-# --- measuring ---
-
 def medians(*functions, repeat):
     """Return the median time of each function in ms; they take turns."""
     times = np.empty((repeat, len(functions)))
@@ -66,8 +64,8 @@ def row(what, ours, theirs, target="", share=False):
 @functools.cache
 def checkpoint(size):
     """Return a folder with a random model whose greedy decoding never ends by itself."""
-    folder, kind = f"{scratch}/{size}", {"feed_forward_proj": "gated-gelu"}
-    model = T5(T5Config(**SHAPES[size], **kind, tie_word_embeddings=False))
+    folder = f"{scratch}/{size}"
+    model = T5(T5Config(**SHAPES[size], feed_forward_proj="gated-gelu", tie_word_embeddings=False))
     model.lm_head.weight.data[EOS] = 0
     model.save_pretrained(folder)
     Tokenizer(VOCABULARY).save(folder)
@@ -77,8 +75,7 @@ def checkpoint(size):
 def both_models(dtype=torch.float32):
     """Return the small model here and in transformers."""
     folder = checkpoint("small")
-    theirs = Reference.from_pretrained(folder, dtype=dtype).eval()
-    return T5.from_pretrained(folder, dtype=dtype), theirs
+    return [kind.from_pretrained(folder, dtype=dtype).eval() for kind in (T5, Reference)]
 
 def require_bf16():
     """Raise UserError, which ends a benchmark, unless the CPU has AVX512-BF16."""
@@ -101,9 +98,9 @@ def bench_train(args):
         optimizer.step()
         optimizer.zero_grad()
 
-    models = [(model.train(), make_optimizer(model.parameters(), "adamw", 0.01))
-              for model in both_models()]
-    ours, theirs = (functools.partial(training_step, *model) for model in models)
+    pairs = [(model.train(), make_optimizer(model.parameters(), "adamw", 0.01))
+             for model in both_models()]
+    ours, theirs = (functools.partial(training_step, *pair) for pair in pairs)
     times = medians(ours, theirs, repeat=args.repeat)
     row("training step, fp32 / transformers", *times, "1.5x")
     require_bf16()
@@ -190,7 +187,6 @@ def bench_evaluation(args):
     ends = torch.tensor([len(tokenizer.encode(problem.solution)) for problem in problems])
     position = {tuple(ids): i for i, ids in enumerate(inputs)}
     generate = model.generate
-
     def generate_until_ends(sources, **options):  # evaluate() has its own order of the problems
         order = [position[tuple(ids[ids != PAD].tolist())] for ids in sources]
         return generate(sources, **options, logits_processor=force_ends(ends[order]))
@@ -242,8 +238,8 @@ def bench_loss(args):
 
 def bench_align(args):
     """Time the alignment of 1,000 GSM8K solutions, one by one as in training, on one core."""
-    import spacy_alignments
     import tiktoken
+    from spacy_alignments import get_alignments
     teacher, student = tiktoken.get_encoding("p50k_base"), Tokenizer(VOCABULARY)
     texts = [problem.solution for problem in load("gsm8k", "train", DATASETS)[:1000]]
     pairs = [([teacher.decode([i]) for i in teacher.encode(text)], student.split(text))
@@ -253,9 +249,9 @@ def bench_align(args):
         for s, t in pairs:
             align(s, t)
 
-    theirs = spacy_alignments.get_alignments
-    calls = (lambda s, t: align_batch([(s, t)]), pairs), (theirs, pairs), (theirs, equal_texts)
-    times = medians(*(functools.partial(run, *call) for call in calls), repeat=3 * args.repeat)
+    times = medians(lambda: run(lambda *pair: align_batch([pair]), pairs),
+                    lambda: run(get_alignments, pairs), lambda: run(get_alignments, equal_texts),
+                    repeat=3 * args.repeat)
     row("align_batch, 1,000 GSM8K solutions / spacy-alignments", *times[:2], "1.3x")
     row("  the same, which is given pieces with a space for ▁", times[0], times[2])
 
@@ -281,11 +277,13 @@ def main():
     benchmarks = {name[6:]: f for name, f in globals().items() if name.startswith("bench_")}
     parser = argparse.ArgumentParser(description="Compare speed with other implementations.")
     add = parser.add_argument
-    add("names", nargs="*", choices=benchmarks, help="benchmarks (default: all)")
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)} (default: all)")
     add("--threads", type=int, default=2, help="number of CPU threads (default: 2)")
     add("--repeat", type=int, default=3, help="number of repetitions (default: 3)")
     add("--problems", type=int, default=200, help="number of evaluated problems (default: 200)")
     args = parser.parse_args()
+    if unknown := set(args.names) - set(benchmarks):
+        parser.error(f"no benchmark {', '.join(unknown)}; choose from {', '.join(benchmarks)}")
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of started processes
     title = f"torch {torch.__version__}, {args.threads} threads, times in ms"

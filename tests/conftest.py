@@ -117,8 +117,8 @@ def little_memory():
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 def contents(folder):
-    """Return {path: bytes of a file, or None of a folder} of all that a folder contains."""
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    """Return {path: bytes} of all files in a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 def damage(path, content):
     """Overwrite a file with a text, bytes, or a function of its bytes."""

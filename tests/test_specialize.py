@@ -32,8 +32,6 @@ from conftest import ROOT, TOY, damage, half, random_text
 from specialize import Example, Record, build_examples, read_teacher
 from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, load_pretrained, run_command
 
-SHAPE = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1)
-
 @pytest.fixture(scope="module")
 def tokenizer(real):
     """T5's real tokenizer."""
@@ -83,27 +81,12 @@ def test_kl_is_exact_if_a_probability_underflows_or_a_logit_is_infinite():
 
 def test_the_minimum_of_the_kl_is_m_log_m_and_backward_runs_once():
     ids, probs = torch.tensor([[[1, 2, 3]]]), torch.tensor([[[0.5, 0.3, 0.1]]])
-    q = torch.full((1, 1, 5), 1e-9).scatter(-1, ids, probs / 0.9)
-    logits = q.log().requires_grad_()
+    logits = torch.full((1, 1, 5), 1e-9).scatter(-1, ids, probs / 0.9).log().requires_grad_()
     kl = sp.kl_loss(logits, ids, probs, torch.ones(1, 1))
-    assert kl.item() == pytest.approx(0.9 * math.log(0.9))
     kl.backward(retain_graph=True)
-    assert logits.grad.abs().max() < 1e-6
+    assert kl.item() == pytest.approx(0.9 * math.log(0.9)) and logits.grad.abs().max() < 1e-6
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kl.backward()
-
-def test_accumulated_micro_batches_give_the_gradient_of_the_batch():
-    torch.manual_seed(0)
-    model, ids = T5(T5Config(vocab_size=60, **SHAPE)).eval(), torch.randint(2, 60, (6, 9))
-    batch = {"input_ids": ids, "labels": ids[:, :5], "decoder_input_ids": ids[:, 2:7],
-             "loss_mask": ids[:, :5] != PAD}
-    sp.batch_loss(model, batch, "nll").backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    for i in (0, 2, 4):
-        part = {name: tensor[i : i + 2] for name, tensor in batch.items()}
-        (sp.batch_loss(model, part, "nll") / 3).backward()
-    assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(expected, model.parameters()))
 
 def test_the_schedule_warms_up_and_falls_as_a_cosine():
     rates = [sp.get_lr(step, 100, 5e-4, 10) for step in range(100)]
@@ -112,18 +95,22 @@ def test_the_schedule_warms_up_and_falls_as_a_cosine():
 
 # --- records, examples, batches ---
 
+def assert_targets(example):
+    """Check that each row is a sub-distribution with the token itself, and that </s> is certain."""
+    ids, probs = example.teacher_ids, example.teacher_probs
+    assert ids.shape == probs.shape == (len(example.labels), 5) and (probs.sum(1) <= 1).all()
+    assert ((ids == example.labels[:, None]) & (probs > 0)).any(1).all()
+    assert ids[-1, 0] == EOS and probs[-1, 0] == 1
+
 def test_real_records_become_examples_of_the_four_formats(codex, tokenizer):
     examples, summary = build_examples(codex, tokenizer, list(sp.FORMATS))
     assert [sum(ex.format == name for ex in examples) for name in sp.FORMATS] == [40, 1, 40, 1]
     assert re.match(r"40 of 40 solutions are right; \d\d\.\d% of their tokens have", summary)
     for ex in examples:
         text = tokenizer.decode(ex.labels)
-        assert ex.labels[-1] == EOS and text.endswith("The answer is 72")
+        assert text.endswith("The answer is 72")
         if sp.FORMATS[ex.format][0]:
-            assert ex.teacher_probs.shape == ex.teacher_ids.shape == (len(ex.labels), 5)
-            assert ex.teacher_ids[-1, 0] == EOS and ex.teacher_probs[-1, 0] == 1
-            own = ex.teacher_ids == ex.labels[:, None]
-            assert (own & (ex.teacher_probs > 0)).any(1).all()
+            assert_targets(ex)
         else:
             assert ex.teacher_ids is None and text == "The answer is 72"
 
@@ -143,61 +130,6 @@ def test_distributions_over_t5s_own_pieces_come_over_unchanged(real, tokenizer):
             found = {tokenizer.pieces[i]: math.log(p) for i, p in zip(ids, probs) if p > 0}
             assert found == pytest.approx(top, abs=1e-5)
 
-def test_wrong_solutions_are_dropped_and_a_missing_answer_is_added(codex, tokenizer):
-    problem = codex[0].problem
-    wrong = dataclasses.replace(codex[0], problem=dataclasses.replace(problem, answer=71.0))
-    steps = [(" 48", {" 48": 0.9}), (" +", {" +": 0.5}), (" 24", {" 24": 1.0}), (" =", {}),
-             (" 72", {" 72": 1.0})]
-    silent = Record(ev.Problem("How many?", 72.0, "48 + 24 = 72"), steps, "here")
-    (ex,), summary = build_examples([wrong, silent], tokenizer, ["zero_shot_cot"])
-    assert "1 of 2 solutions" in summary
-    assert tokenizer.decode(ex.labels) == "48 + 24 = 72 The answer is 72"
-    assert ex.teacher_probs[:2, 0].tolist() == pytest.approx([0.9, 0.5])
-    assert len(ex.labels) == len(ex.teacher_probs) and (ex.teacher_probs[2:, 0] == 1).all()
-    with pytest.raises(UserError, match="none of 1 teacher solutions .* line 1 does not end in 71"):
-        build_examples([wrong], tokenizer, ["zero_shot_cot"])
-
-def test_a_batch_shifts_its_labels_and_mixes_solutions_with_and_without_distributions(
-        codex, tokenizer):
-    plain = dataclasses.replace(codex[0], steps=None)
-    for records, loss in (([plain], "kl"), (codex[:1], "nll")):
-        (ex,), _ = build_examples(records, tokenizer, ["zero_shot_cot"], loss)
-        assert "teacher_ids" not in sp.collate([(ex, [])], tokenizer.encode, "cpu")
-    examples, _ = build_examples([plain, codex[1]], tokenizer, ["zero_shot_cot"])
-    batch = sp.collate([(ex, []) for ex in examples], tokenizer.encode, "cpu")
-    labels, mask, probs = batch["labels"], batch["loss_mask"], batch["teacher_probs"]
-    assert torch.equal(batch["decoder_input_ids"], F.pad(labels, (1, -1), value=PAD))
-    assert mask.sum() == sum(len(ex.labels) for ex in examples) and not probs[~mask].any()
-    logits = torch.randn(*labels.shape, 32128)
-    kl = sp.kl_loss(logits[:1], batch["teacher_ids"][:1], probs[:1], mask[:1])
-    assert torch.allclose(kl, sp.nll_loss(logits[:1], labels[:1], mask[:1]))
-    assert (probs[1] > 0).sum() > mask[1].sum()
-
-def test_a_prompt_made_of_parts_is_the_prompt_encoded_at_once(real, tokenizer):
-    problems = ev.load("gsm8k", "train", real / "datasets")[:200]
-    for i in range(0, 200, 5):
-        question, *shots = problems[i : i + 5]
-        for name, (cot, in_context) in sp.FORMATS.items():
-            example, shown = Example(name, question, *[None] * 4), shots if in_context else []
-            prompt = ev.math_prompt(question.question, cot, shown)
-            assert sp.encode_prompt(example, shown, tokenizer.encode).tolist() == tokenizer.encode(prompt)
-
-def test_an_epoch_has_every_example_once_in_batches_of_one_format_and_similar_length():
-    pool = [ev.Problem(f"q{i}", 1.0, "s") for i in range(50)]
-    examples = [Example(name, pool[i], np.zeros(i), None, None, "") for name in sp.FORMATS
-                for i in range(50)]
-    sizes = dict(zip(sp.FORMATS, (2, 3, 4, 7)))
-    make = functools.partial(sp.make_batches, examples, pool, lambda text: [0], sizes)
-    batches = make(seed=0, epoch=0)
-    assert sorted(id(ex) for pairs in batches for ex, _ in pairs) == sorted(map(id, examples))
-    for pairs in batches:
-        (name,) = {ex.format for ex, _ in pairs}
-        lengths = [len(ex.labels) for ex, _ in pairs]
-        assert len(pairs) <= sizes[name] and max(lengths) - min(lengths) < sizes[name]
-        for ex, shots in pairs:
-            assert len(shots) == (4 if sp.FORMATS[name][1] else 0) and ex.problem not in shots
-    assert make(0, 0) == batches != make(0, 1) and make(1, 0) != batches
-
 def test_records_of_any_text_become_examples(tokenizer):
     rng, records = random.Random(4), []
     for _ in range(300):
@@ -214,12 +146,65 @@ def test_records_of_any_text_become_examples(tokenizer):
     examples, _ = build_examples(records, tokenizer, ["zero_shot_cot"])
     assert len(examples) == 300
     for ex in examples:
-        assert len(ex.teacher_ids) == len(ex.labels) and (ex.teacher_probs.sum(1) <= 1).all()
-        assert ((ex.teacher_ids == ex.labels[:, None]) & (ex.teacher_probs > 0)).any(1).all()
+        assert_targets(ex)
+
+def test_wrong_solutions_are_dropped_and_a_missing_answer_is_added(codex, tokenizer):
+    problem = codex[0].problem
+    wrong = dataclasses.replace(codex[0], problem=dataclasses.replace(problem, answer=71.0))
+    steps = [(" 48", {" 48": 0.9}), (" +", {" +": 0.5}), (" 24", {}), (" =", {}), (" 72", {})]
+    silent = Record(ev.Problem("How many?", 72.0, "48 + 24 = 72"), steps, "here")
+    (ex,), summary = build_examples([wrong, silent], tokenizer, ["zero_shot_cot"])
+    assert "1 of 2 solutions" in summary
+    assert tokenizer.decode(ex.labels) == "48 + 24 = 72 The answer is 72"
+    assert ex.teacher_probs[:, 0].tolist() == pytest.approx([0.9, 0.5] + [1] * 8)
+    with pytest.raises(UserError, match="none of 1 teacher solutions .* line 1 does not end in 71"):
+        build_examples([wrong], tokenizer, ["zero_shot_cot"])
+
+def test_a_batch_shifts_its_labels_and_mixes_solutions_with_and_without_distributions(
+        codex, tokenizer):
+    plain = dataclasses.replace(codex[0], steps=None)
+    for records, loss in (([plain], "kl"), (codex[:1], "nll")):
+        (ex,), _ = build_examples(records, tokenizer, ["zero_shot_cot"], loss)
+        assert "teacher_ids" not in sp.collate([(ex, [])], tokenizer.encode, "cpu")
+    examples, _ = build_examples([plain, codex[1]], tokenizer, ["zero_shot_cot"])
+    batch = sp.collate([(ex, []) for ex in examples], tokenizer.encode, "cpu")
+    labels, mask, probs = batch["labels"], batch["loss_mask"], batch["teacher_probs"]
+    assert torch.equal(batch["decoder_input_ids"], F.pad(labels, (1, -1), value=PAD))
+    assert mask.sum() == sum(len(ex.labels) for ex in examples) and not probs[~mask].any()
+    logits = torch.randn(1, labels.shape[1], 32128)
+    kl = sp.kl_loss(logits, batch["teacher_ids"][:1], probs[:1], mask[:1])
+    assert torch.allclose(kl, sp.nll_loss(logits, labels[:1], mask[:1]))
+    assert (probs[1] > 0).sum() > mask[1].sum()
+
+def test_a_prompt_made_of_parts_is_the_prompt_encoded_at_once(real, tokenizer):
+    problems = ev.load("gsm8k", "train", real / "datasets")[:200]
+    for i in range(0, 200, 5):
+        question, *shots = problems[i : i + 5]
+        for name, (cot, in_context) in sp.FORMATS.items():
+            example, shown = Example(name, question, *[None] * 4), shots if in_context else []
+            ids = tokenizer.encode(ev.math_prompt(question.question, cot, shown))
+            assert sp.encode_prompt(example, shown, tokenizer.encode).tolist() == ids
+
+def test_an_epoch_has_every_example_once_in_batches_of_one_format_and_similar_length():
+    pool = [ev.Problem(f"q{i}", 1.0, "s") for i in range(50)]
+    examples = [Example(name, pool[i], np.zeros(i), None, None, "") for name in sp.FORMATS
+                for i in range(50)]
+    sizes = dict(zip(sp.FORMATS, (2, 3, 4, 7)))
+    make = functools.partial(sp.make_batches, examples, pool, lambda text: [0], sizes)
+    batches = make(0, 0)
+    assert sorted(id(ex) for pairs in batches for ex, _ in pairs) == sorted(map(id, examples))
+    for pairs in batches:
+        (name,) = {ex.format for ex, _ in pairs}
+        lengths = [len(ex.labels) for ex, _ in pairs]
+        assert len(pairs) <= sizes[name] and max(lengths) - min(lengths) < sizes[name]
+        for ex, shots in pairs:
+            assert len(shots) == (4 if sp.FORMATS[name][1] else 0) and ex.problem not in shots
+    assert make(0, 0) == batches and make(0, 1) != batches != make(1, 0)  # seed, epoch
 
 # --- runs that are killed, interrupted and run out of disk ---
 
 STEPS, EVERY = 32, 4
+SHAPE = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1)
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
@@ -259,22 +244,14 @@ def fork(work, output):
     return process
 
 def outcome(run):
-    """Return all that a run leaves: weights, optimizer, random state, evaluations, rates."""
+    """Return a run's weights, training state, evaluations and learning rates."""
     last, log = sp.checkpoints(run)[-1], sp.read_log(run / "log.jsonl")
     training = torch.load(last / "training.pt", weights_only=True)
     return {
-        "weights": (last / "model.safetensors").read_bytes(), "step": training["step"],
-        "optimizer": [{name: value.tolist() for name, value in state.items()}
-                      for state in training["optimizer"]],
-        "random": training["random"].tolist(),
-        "evaluations": [entry for entry in log if "validation" in entry],
-        "rates": [(e["step"], e["learning_rate"]) for e in log if "learning_rate" in e],
+        "weights": (last / "model.safetensors").read_bytes(),
+        "training": json.dumps(training, default=torch.Tensor.tolist),
+        "log": [(e["step"], e.get("validation"), e.get("learning_rate")) for e in log],
     }
-
-def stamp(run):
-    """Return what changes when work on a checkpoint begins or ends."""
-    with contextlib.suppress(FileNotFoundError):
-        return (run / "unfinished-checkpoint").stat().st_ctime_ns
 
 @pytest.fixture(scope="module")
 def undisturbed(train, tmp_path_factory):
@@ -285,28 +262,34 @@ def undisturbed(train, tmp_path_factory):
     assert process.exitcode == 0, (run / "out").read_text()
     return outcome(run), time.time() - begin
 
+def stamp(run):
+    """Return what changes when work on a checkpoint begins or ends."""
+    with contextlib.suppress(FileNotFoundError):
+        return (run / "unfinished-checkpoint").stat().st_ctime_ns
+
 def test_runs_killed_at_any_time_end_with_the_same_bits(train, undisturbed, tmp_path):
-    """12 kills, half of them while a checkpoint is written or deleted."""
-    (expected, seconds), rng, kills = undisturbed, random.Random(0), 0
+    """12 kills, half of them when a checkpoint is being written or deleted."""
+    (expected, seconds), rng, kills, amid = undisturbed, random.Random(0), 0, 0
     while kills < 12:
-        run, finished = tmp_path / f"{kills}", False
+        run, exitcode = tmp_path / f"{kills}", None
         run.mkdir()
-        while not finished:
+        while exitcode != 0:
             before, process = stamp(run), fork(lambda: train(run, resume=True), tmp_path / "out")
-            if kills < 12 and kills % 2:
-                while stamp(run) in (None, before) and process.is_alive():
-                    time.sleep(0.0002)
+            while kills % 2 and stamp(run) in (None, before) and process.is_alive():
+                time.sleep(0.0002)
             if kills < 12:
                 time.sleep(rng.uniform(0, 0.01 if kills % 2 else seconds / 2))
                 process.kill()
             process.join()
-            assert process.exitcode in (0, -signal.SIGKILL), (tmp_path / "out").read_text()
-            finished, kills = process.exitcode == 0, kills + 1
+            exitcode = process.exitcode
+            assert exitcode in (0, -signal.SIGKILL), (tmp_path / "out").read_text()
+            kills += exitcode != 0
+            amid += exitcode != 0 and stamp(run) not in (None, before)
             for folder in sp.checkpoints(run):  # each is complete
                 training = torch.load(folder / "training.pt", weights_only=True)
-                assert folder.name == f"checkpoint-{training['step']}"
-                assert load_pretrained(folder)
+                assert folder.name == f"checkpoint-{training['step']}" and load_pretrained(folder)
         assert outcome(run) == expected
+    assert amid
 
 @pytest.mark.parametrize("presses", [1, 2])
 @pytest.mark.parametrize("flags", [
@@ -325,7 +308,7 @@ def test_after_ctrl_c_in_an_evaluation_every_optimizer_and_precision_resumes_to_
     with pytest.raises(KeyboardInterrupt):
         train(two, False, interrupted, flags)
     assert [folder.name for folder in sp.checkpoints(two)] == ["checkpoint-4"]
-    assert [entry["step"] for entry in sp.read_log(two / "log.jsonl")] == [2, 4, 4][: 4 - presses]
+    assert len(sp.read_log(two / "log.jsonl")) == 4 - presses  # the first lets it finish
     assert train(two, True, flags=flags) == best and outcome(one) == outcome(two)
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -333,26 +316,24 @@ def test_a_loss_or_gradient_that_is_not_finite_names_step_records_and_checkpoint
         train, tmp_path, what):
     def spoil(model, tokenizer, args):
         if what == "loss":
-            model.shared.weight.data[5:] = float("nan")
+            model.shared.weight.data[5:] = math.nan
         else:
             model.encoder.final_norm.weight.register_hook(lambda gradient: gradient * math.inf)
         return pseudo_accuracy(model, tokenizer, args)
 
     with pytest.raises(UserError) as error:
         train(tmp_path, measure=spoil)
-    message = str(error.value)
-    assert message.startswith(f"step {EVERY + 1}: the {what} is not finite. Batch: ")
-    assert re.search(r"teacher.jsonl.gz, line \d+", message)
-    assert f"Last good checkpoint: {tmp_path}/checkpoint-{EVERY}." in message
+    assert re.match(rf"step {EVERY + 1}: the {what} is not finite. Batch: .*teacher.jsonl.gz, "
+                    rf"line \d+.*good checkpoint: {tmp_path}/checkpoint-{EVERY}\.", str(error.value))
 
 @pytest.mark.parametrize("share", [0.5, 1.5])  # no room for the weights; for the optimizer
 def test_a_full_disk_is_one_message_and_the_last_good_checkpoint_survives(
         train, undisturbed, tmp_path, share):
-    limit = int(share * len(undisturbed[0]["weights"]))
     train(tmp_path, flags=f"--steps {EVERY}")
     before = outcome(tmp_path)
 
     def without_room():
+        limit = int(share * len(before["weights"]))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         train(tmp_path, resume=True)
 
@@ -361,13 +342,11 @@ def test_a_full_disk_is_one_message_and_the_last_good_checkpoint_survives(
     message = (tmp_path / "out").read_text()
     assert process.exitcode == 1 and "Traceback" not in message
     assert f"The last good checkpoint is {tmp_path}/checkpoint-4; free some space" in message
-    assert [folder.name for folder in sp.checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert [folder.name for folder in tmp_path.glob("*checkpoint*")] == ["checkpoint-4"]
     assert outcome(tmp_path)["weights"] == before["weights"]
-    assert not (tmp_path / "unfinished-checkpoint").exists()
-    train(tmp_path, resume=True)
-    assert outcome(tmp_path)["step"] == STEPS
+    assert train(tmp_path, resume=True)
 
-def test_only_complete_names_are_checkpoints_and_pruning_keeps_the_best(tmp_path):
+def test_only_complete_names_are_checkpoints_and_pruning_spares_the_best(tmp_path):
     model, tokenizer = load_pretrained(TOY / "student")
     optimizer = sp.make_optimizer(model.parameters(), "adafactor", 0.0)
     for step in (3, 20, 100):
@@ -396,22 +375,17 @@ def test_small_changes_add_up_in_bf16_weights_and_frozen_ones_stay():
 # --- losses and sets of one's own ---
 
 def test_an_entry_in_losses_is_offered_and_trained_with(train, tmp_path, monkeypatch):
-    def reverse(logits, batch):
-        return sp.kl_loss(logits, batch["teacher_ids"], batch["teacher_probs"].flip(-1),
-                          batch["loss_mask"])
-
-    monkeypatch.setitem(sp.LOSSES, "reverse", reverse)
-    train(tmp_path, flags="--steps 6 --loss reverse")
+    monkeypatch.setitem(sp.LOSSES, "half", lambda logits, batch: sp.LOSSES["kl"](logits, batch) / 2)
+    train(tmp_path, flags="--steps 6 --loss half")
     log = sp.read_log(tmp_path / "log.jsonl")
-    assert {"reverse", "nll"} <= {name for entry in log for name in entry}  # nll: answer-only
+    assert {"half", "nll"} <= {name for entry in log for name in entry}  # nll: answer-only
     with pytest.raises(SystemExit):
-        sp.parse_arguments(["--loss", "forward"])
+        sp.parse_arguments(["--loss", "third"])
 
 def test_a_sets_entry_says_whether_it_is_validated_on_and_counts_for_selection(monkeypatch):
     def validate(**entry):
         """Return the validated sets and the mean of the selected ones, with a set of one's own."""
-        mine = ev.Dataset("Mine", "mine.jsonl", None, **entry)
-        monkeypatch.setitem(sp.DATASETS, "mine", mine)
+        monkeypatch.setitem(sp.DATASETS, "mine", ev.Dataset("Mine", "mine.jsonl", None, **entry))
         entry = sp.validate(None, None, sp.parse_arguments([]))
         return list(entry["validation"]), pytest.approx(sp.ood_accuracy(entry))
 
@@ -440,20 +414,20 @@ def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
         command, teacher, tmp_path):
     printed = command(sp, *BRIEF, "--name", "one")
     assert re.search(r"step 2/\d+  kl .* lr .* tokens/s .* min left", printed)
-    table = printed[printed.index("accuracy, %") :].splitlines()
+    header, *rows = printed[printed.index("accuracy, %") :].splitlines()[:7]
     columns = ["toy-GSM8K", "toy-MultiArith", "toy-ASDiv", "toy-SVAMP", "generic CoT",
                "generic answer-only"]
-    assert table[0].split()[2:] == ["base", "specialized"]
-    assert [row.partition("  ")[0] for row in table[1:7]] == columns
-    one = tmp_path / "runs" / "one"
-    results = json.loads((one / "results.json").read_text())
+    assert header.split()[2:] == ["base", "specialized"]
+    assert [row.partition("  ")[0] for row in rows] == columns
+    run = tmp_path / "runs" / "one"
+    results = json.loads((run / "results.json").read_text())
     assert [list(entries) for entries in results["test"].values()] == [columns, columns]
-    evaluations = [entry for entry in sp.read_log(one / "log.jsonl") if "validation" in entry]
+    evaluations = [entry for entry in sp.read_log(run / "log.jsonl") if "validation" in entry]
     best = max(evaluations, key=lambda entry: (sp.ood_accuracy(entry), entry["step"]))
     assert len(evaluations) > 2 and results["selected"] == best
-    selected = one / f"checkpoint-{best['step']}" / "model.safetensors"
-    assert (one / "model" / "model.safetensors").read_bytes() == selected.read_bytes()
-    assert load_pretrained(one / "model")
+    weights = (run / f"checkpoint-{best['step']}" / "model.safetensors").read_bytes()
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert load_pretrained(run / "model")
 
 def test_after_ctrl_c_the_printed_command_continues_to_the_same_bits(command, teacher, tmp_path):
     words = [sys.executable, str(ROOT / "specialize.py"), *BRIEF, "--skip-bbh"]
@@ -464,10 +438,9 @@ def test_after_ctrl_c_the_printed_command_continues_to_the_same_bits(command, te
     _, message = process.communicate()
     assert process.returncode == 130 and "Traceback" not in message
     (saved,) = sp.checkpoints(tmp_path / "runs" / "toy")
-    assert f"The last checkpoint: runs/toy/{saved.name}. Continue with: " in message
-    how = message.partition("Continue with: ")[2]
+    _, known, how = message.partition(f"checkpoint: runs/toy/{saved.name}. Continue with: ")
     done = subprocess.run(how, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and f"resuming from runs/toy/{saved.name}" in done.stdout
+    assert known and f"resuming from runs/toy/{saved.name}" in done.stdout, done.stderr
     command(sp, *BRIEF, "--skip-bbh", "--name", "at_once")
     assert outcome(tmp_path / "runs" / "toy") == outcome(tmp_path / "runs" / "at_once")
 
@@ -486,7 +459,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(refused, 
                                   "bbh/cot-prompts/odd_one_out.txt"])
 def test_all_sets_are_read_before_training(name, refused, teacher, tmp_path, monkeypatch):
     shutil.copytree(TOY, tmp_path / "data")
-    (tmp_path / "data" / name).write_text("{}")
+    damage(tmp_path / "data" / name, "{}")
     monkeypatch.setattr(sp, "train", lambda *_: pytest.fail("it trains"))
     assert name in refused(sp, "--data", tmp_path / "data", "--teacher", "teacher.jsonl")
 
@@ -525,82 +498,76 @@ def test_the_paper_run_downloads_model_and_sets_and_trains(
         for name, value in (("HF_HOME", tmp_path / "cache"), ("HF_ENDPOINT", ev.GITHUB),
                             ("HF_HUB_CACHE", ""), ("HF_HUB_OFFLINE", "")):
             monkeypatch.setenv(name, str(value))
-        printed = command(sp, *"--size small --teacher teacher.jsonl --data sets --epochs 1 --device "
-                          "cpu --validation-limit 1 --test-limit 1 --max-new-tokens 4".split())
+        flags = "--data sets --device cpu --epochs 1 --validation-limit 1 --test-limit 1"
+        printed = command(sp, "--size", "small", "--teacher", "teacher.jsonl", *flags.split(),
+                          "--max-new-tokens", 4)
         server.shutdown()
     assert "2 of 2 solutions are right" in printed and "BBH answer-only" in printed
     sets = tmp_path / "sets"
-    assert {str(f.relative_to(sets)) for f in sets.rglob("*.*")} == set(names)
+    assert {str(file.relative_to(sets)) for file in sets.rglob("*.*")} == set(names)
     assert load_pretrained(tmp_path / "runs" / "small" / "model")
-    message = refused(sp, "--size", "base", "--data", "sets", "--device", "cpu")
-    assert "cannot read" in message and "google/flan-t5-base" in message
+    assert "flan-t5-base" in refused(sp, "--size", "base", "--data", "sets", "--device", "cpu")
 
 # --- damaged files ---
 
 GOOD = {"question": "How many?", "answer": "5", "solution": "2 + 3 = 5", "tokens": ["2 + 3", " = 5"],
         "top_logprobs": [{"2 + 3": -0.1}, {" = 5": -0.2, " is": -2.0}]}
-NESTED = b"[" * 200_000
-LINES = gzip.compress((json.dumps(GOOD) + "\n").encode() * 5000, mtime=0)
+LINE = json.dumps(GOOD) + "\n"
+LINES = gzip.compress(LINE.encode() * 5000, mtime=0)
+RECORDS = [  # of a record's keys, other values: what is wrong with them
+    ("question is 5", {"question": 5}), ("the question is empty", {"question": " "}),
+    ("answer is True", {"answer": True}), ("the answer inf", {"answer": "9" * 400}),
+    ("solution is ['a']", {"solution": ["a"]}), ("solution has 1,0", {"solution": "5" * 10**6}),
+    ("tokens is 'a'", {"tokens": "a"}), ("a token is 2", {"tokens": [2, " = 5"]}),
+    ("the tokens do not spell", {"tokens": ["2", "6"]}),
+    ("2 tokens but 1 top_logprobs", {"top_logprobs": [{}]}),
+    ("30,000 tokens", {"tokens": ["5"] * 30_000, "top_logprobs": [{}] * 30_000}),
+    ("an entry of top_logprobs is [1]", {"top_logprobs": [[1], {}]}),
+    ("a log-probability is '-1'", {"top_logprobs": [{"a": "-1"}, {}]}),
+    ("at '2 + 3', 'a' has the log-probability 0.5", {"top_logprobs": [{"a": 0.5}, {}]}),
+    ("at '2 + 3', 'a' has the log-probability nan", {"top_logprobs": [{"a": math.nan}, {}]}),
+    ("at '2 + 3' the probabilities sum to", {"top_logprobs": [{"a": -0.1, "b": -0.1}, {}]})]
 
-def second(**values):
-    """Return a good line and one with other values; keys with None are left out."""
-    record = {key: value for key, value in (GOOD | values).items() if value is not None}
-    return f"{json.dumps(GOOD)}\n{json.dumps(record)}\n"
-
-TEACHERS = [
-    ("a.jsonl", "no teacher record", ""), ("a.jsonl", "line 1", NESTED),
-    ("a.jsonl", "line 2", second()[:-20]), ("a.jsonl", "line 2", second().replace("\n", "\n\n", 1)),
-    ("a.jsonl", "line 3", second().encode() + b'{"question": "\xff"}\n'),
+@pytest.mark.parametrize("name, fault, content", [
+    ("a.jsonl", "no teacher record", ""), ("a.jsonl", "line 1", "[" * 200_000),
+    ("a.jsonl", "line 2", LINE * 2 + "\n" + LINE), ("a.jsonl", "line 2", LINE + LINE[:-20]),
+    ("a.jsonl", "line 2", LINE.encode() + b'{"question": "\xff"}\n'),
     ("a.jsonl", "line 1: not a teacher record (a record is [1], a list)", "[1]\n"),
     ("a.jsonl", "line 1: not a teacher record", " " * (2**24 + 5)),
-    *(("a.jsonl", f"line 2: not a teacher record (no key '{key}')", second(**{key: None}))
+    *(("a.jsonl", f"line 2: not a teacher record (no key '{key}')", LINE + LINE.replace(key, "x", 1))
       for key in ("question", "answer", "solution", "tokens")),
-    *(("a.jsonl", f"line 2: not a teacher record ({fault}", second(**values)) for fault, values in [
-        ("question is 5", {"question": 5}), ("the question is empty", {"question": " "}),
-        ("answer is True", {"answer": True}), ("the answer inf", {"answer": "9" * 400}),
-        ("solution is ['a']", {"solution": ["a"]}), ("tokens is 'a'", {"tokens": "a"}),
-        ("a token is 2", {"tokens": [2, " = 5"]}), ("the tokens do not", {"tokens": ["2", "6"]}),
-        ("2 tokens but 1 top", {"top_logprobs": [{}]}), ("30,000 tokens", {
-            "tokens": ["5"] * 30_000, "top_logprobs": [{}] * 30_000}),
-        ("an entry of top_logprobs is [1]", {"top_logprobs": [[1], {}]}),
-        ("a log-probability is '-1'", {"top_logprobs": [{"a": "-1"}, {}]}),
-        ("at '2 + 3', 'a' has the log-probability 0.5", {"top_logprobs": [{"a": 0.5}, {}]}),
-        ("at '2 + 3', 'a' has the log-probability nan", {"top_logprobs": [{"a": math.nan}, {}]}),
-        ("at '2 + 3' the probabilities sum to", {"top_logprobs": [{"a": -0.1, "b": -0.1}, {}]}),
-        ("solution has 1,000,000 characters", {"solution": "5" * 10**6})]),
-    ("a.jsonl", "none of 2 teacher solutions ends in its gold answer", second().replace(
-        '"answer": "5"', '"answer": "6"')),
-    ("a.jsonl.gz", "is the file complete", half(LINES)), ("a.jsonl.gz", "Not a gzipped", b"text"),
+    *(("a.jsonl", f"line 2: not a teacher record ({fault}", LINE + json.dumps(GOOD | values))
+      for fault, values in RECORDS),
+    ("a.jsonl", "none of 1 teacher solutions ends in its gold", LINE.replace('"5"', '"6"')),
+    ("a.jsonl.gz", "is the file complete", half(LINES)), ("a.jsonl.gz", "Not a gzipped", "text"),
     ("a.jsonl.gz", "line", LINES[:400] + bytes(200) + LINES[600:]),
-    ("a.jsonl.gz", "line 1: not a teacher record", gzip.compress(bytes(2**28), 1)),
-]
-
-@pytest.mark.parametrize("name, fault, content", TEACHERS, ids=range(len(TEACHERS)))
+    ("a.jsonl.gz", "line 1: not a teacher record", gzip.compress(bytes(2**28), 1))],
+    ids=itertools.count())
 def test_a_damaged_teacher_is_refused(name, fault, content, tmp_path, refused):
     damage(tmp_path / name, content)
     message = refused(sp, "--teacher", name, "--skip-bbh")
-    assert f"{name}" in message and fault in message
+    assert name in message and fault in message
 
 class RunsCode:
     def __reduce__(self):
-        return os.mkdir, ("code-ran",)
+        return open, ("code-ran", "w")
 
 TRAINING, WEIGHTS = "checkpoint-3/training.pt", "checkpoint-3/model.safetensors"
 
 @pytest.mark.parametrize("name, fault, content", [
-    ("arguments.json", "arguments.json: not an object", half),
-    ("arguments.json", "arguments.json: not an object", "[1]"), (WEIGHTS, WEIGHTS, half),
+    ("arguments.json", "not an object", half), ("arguments.json", "not an object", "[1]"),
     ("log.jsonl", "log.jsonl, line 1: not an entry", '{"st\n{"step": 1}\n'),
     ("log.jsonl", "log.jsonl, line 2: not an entry", '{"step": 1}\n[]\n{"step": 1}\n'),
-    (TRAINING, TRAINING, half), (TRAINING, TRAINING, b""),
+    (WEIGHTS, WEIGHTS, half), (TRAINING, TRAINING, half), (TRAINING, TRAINING, ""),
     (TRAINING, TRAINING, pickle.dumps(RunsCode(), 2)),
-    (TRAINING, TRAINING, pickle.dumps({"step": 3, "optimizer": [{}], "random": 0}, 2))])
+    (TRAINING, TRAINING, pickle.dumps({"step": 3, "optimizer": [{}], "random": 0}, 2))],
+    ids=itertools.count())
 def test_a_damaged_run_is_not_resumed(name, fault, content, tmp_path, refused, teacher):
     arguments = ["--teacher", "teacher.jsonl", "--name", "one", "--skip-bbh"]
     run, (model, tokenizer) = tmp_path / "runs" / "one", load_pretrained(TOY / "student")
     run.mkdir(parents=True)
     sp.save_checkpoint(run, 3, model, torch.optim.AdamW(model.parameters()), tokenizer)
-    (run / "arguments.json").write_text(
-        json.dumps(sp.recorded(sp.parse_arguments(arguments)), indent=2) + "\n")
+    recorded = sp.recorded(sp.parse_arguments(arguments))
+    (run / "arguments.json").write_text(json.dumps(recorded, indent=2) + "\n")
     damage(run / name, content)
     assert fault in refused(sp, *arguments, "--resume")
