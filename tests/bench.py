@@ -80,7 +80,7 @@ def both_models(dtype=torch.float32):
 def require_bf16():
     """Raise UserError, which ends a benchmark, unless the CPU has AVX512-BF16."""
     if not torch.cpu.get_capabilities().get("avx512_bf16"):
-        raise UserError("this CPU has no AVX512-BF16")
+        raise UserError("bf16, as this CPU has no AVX512-BF16")
 
 def bench_train(args):
     """Time forward pass, backward pass, clipping and AdamW, with dropout: B 8, S 256, T 96."""
@@ -293,7 +293,7 @@ def main():
         try:
             benchmarks[name](args)
         except (ImportError, UserError) as error:
-            print(f"{name}: left out, {error}")
+            print(f"{name}, left out: {error}")
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:

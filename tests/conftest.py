@@ -7,11 +7,14 @@ nothing is skipped: whatever is missing fails its tests.
 
 import contextlib
 import functools
+import http.server
 import importlib
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ REAL_DATA = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared"))
 TOY = ROOT / "data" / "toy"
 os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(REAL_DATA / "tokenizers" / "tiktoken"))
 
-from t5 import run_command
+from t5 import Tokenizer, run_command
 
 import torch  # after t5, which sets how OpenMP's threads wait
 
@@ -54,6 +57,16 @@ def reference(name):
         missing(f"pip install {name}")
 
 @pytest.fixture(scope="session")
+def datasets(real):
+    """The folder of real problem sets."""
+    return real / "datasets"
+
+@pytest.fixture(scope="session")
+def tokenizer(real):
+    """T5's real tokenizer."""
+    return Tokenizer(real / "tokenizers" / "t5")
+
+@pytest.fixture(scope="session")
 def transformers():
     """The reference implementation of T5."""
     module = reference("transformers")
@@ -70,6 +83,26 @@ def run():
                               capture_output=True, text=True, **options)
 
     return functools.partial(run, timeout=300)
+
+@contextlib.contextmanager
+def serve(folder):
+    """Context manager: serve a folder on the loopback interface; yield its address."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+def fork(work, output):
+    """Start work() in a process that is a copy of this one; its output goes to a file."""
+
+    def quiet():
+        sys.stdout = sys.stderr = open(output, "a", buffering=1)
+        run_command(work)
+
+    process = multiprocessing.get_context("fork").Process(target=quiet)
+    process.start()
+    return process
 
 # --- commands in this process, and damaged files ---
 

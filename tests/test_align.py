@@ -207,9 +207,9 @@ def test_on_any_text_alignments_are_complete_and_in_order_and_targets_are_distri
         for one, two in zip(aligned, [*aligned[1:], [len(teacher) - 1]]):
             assert one == list(range(one[0], one[-1] + 1)) and one[-1] <= two[0] <= one[-1] + 1
         assert aligned[-1][-1] == len(teacher) - 1
-        steps = [(token, {random_text(rng)[:5]: rng.choice([0.3, 0.6]), " a": 0.05, "1": 0.05,
-                          rng.choice([token, "other"]): rng.choice([0.0, 0.01, 0.3])})
-                 for token in teacher]
+        probs = np.random.default_rng(n).dirichlet([0.3] * 4, len(teacher)).tolist()
+        steps = [(token, dict(zip([rng.choice([token, "b"]), "a", " a", random_text(rng)[:5]], p)))
+                 for token, p in zip(teacher, probs)]
         assert_targets(*transfer(steps, student, tokenizer.index), student, tokenizer.index)
         assert len(student) > 200 or draw(teacher, student, colour=False)
 
@@ -245,8 +245,9 @@ def test_k_keeps_the_students_token_and_the_most_probable_others():
     assert ids.tolist() == [[1, 0]] and np.allclose(probs, [[0.5, 0.02]])
 
 def test_sums_over_one_from_rounding_are_scaled_and_impossible_probabilities_refused():
-    _, probs = transfer([("a", {"a": 0.6, "b": 0.4005})], ["a"], ["a", "b"])
-    assert 0.999 < probs.sum() <= 1
+    for p in [[0.6, 0.4005], *np.random.default_rng(0).dirichlet([1] * 5, 100).tolist()]:
+        _, probs = transfer([("a", dict(zip("abcde", p)))], ["a"], list("abcde"))
+        assert 0.999 < probs.sum() <= 1
     for wrong in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="'b' has probability"):
             transfer([("a", {"a": 0.5, "b": wrong})], ["a"], ["a", "b"])

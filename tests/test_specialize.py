@@ -1,24 +1,21 @@
 """specialize.py: losses against torch's, examples of real records, runs that are really killed."""
 
-import contextlib
 import dataclasses
 import functools
 import gzip
-import http.server
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -28,14 +25,9 @@ import torch.nn.functional as F
 
 import eval as ev
 import specialize as sp
-from conftest import ROOT, TOY, damage, half, random_text
+from conftest import ROOT, TOY, damage, fork, half, random_text, serve
 from specialize import Example, Record, build_examples, read_teacher
-from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, load_pretrained, run_command
-
-@pytest.fixture(scope="module")
-def tokenizer(real):
-    """T5's real tokenizer."""
-    return Tokenizer(real / "tokenizers" / "t5")
+from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, load_pretrained
 
 @pytest.fixture(scope="module")
 def codex(real):
@@ -51,9 +43,7 @@ def random_targets():
     ids = torch.stack([torch.randperm(40)[:3] for _ in range(10)]).view(2, 5, 3)
     probs = torch.rand(2, 5, 3) / 3
     ids[0, :2, 1:] = probs[0, :2, 1:] = 0
-    mask = torch.ones(2, 5, dtype=torch.bool)
-    mask[1, 3:] = False
-    return logits, ids, probs, mask
+    return logits, ids, probs, torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
 
 def test_kl_and_its_gradient_equal_torchs_on_the_dense_distribution():
     logits, ids, probs, mask = random_targets()
@@ -73,20 +63,17 @@ def test_likelihood_is_torchs_cross_entropy_and_the_kl_to_a_one_hot_teacher():
     ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (nll, expected))
     assert torch.allclose(ours, theirs, atol=1e-7)
 
-def test_kl_is_exact_if_a_probability_underflows_or_a_logit_is_infinite():
-    logits = torch.tensor([[[-math.inf, 200.0, -200.0, 1e4]]])
-    ids, probs = torch.tensor([[[1, 2, 0]]]), torch.tensor([[[0.5, 0.5, 0.0]]])
-    kl = sp.kl_loss(logits, ids, probs, torch.ones(1, 1))
+def test_kl_is_exact_if_a_probability_underflows_and_at_its_minimum():
+    logits, ones = torch.tensor([[[-math.inf, 200.0, -200.0, 1e4]]]), torch.ones(1, 1)
+    kl = sp.kl_loss(logits, torch.tensor([[[1, 2, 0]]]), torch.tensor([[[0.5, 0.5, 0.0]]]), ones)
     assert kl.item() == pytest.approx(1e4 - math.log(2), rel=1e-6)
-
-def test_the_minimum_of_the_kl_is_m_log_m_and_backward_runs_once():
     ids, probs = torch.tensor([[[1, 2, 3]]]), torch.tensor([[[0.5, 0.3, 0.1]]])
     logits = torch.full((1, 1, 5), 1e-9).scatter(-1, ids, probs / 0.9).log().requires_grad_()
-    kl = sp.kl_loss(logits, ids, probs, torch.ones(1, 1))
+    kl = sp.kl_loss(logits, ids, probs, ones)
     kl.backward(retain_graph=True)
     assert kl.item() == pytest.approx(0.9 * math.log(0.9)) and logits.grad.abs().max() < 1e-6
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        kl.backward()
+        kl.backward()  # runs once
 
 def test_the_schedule_warms_up_and_falls_as_a_cosine():
     rates = [sp.get_lr(step, 100, 5e-4, 10) for step in range(100)]
@@ -105,7 +92,7 @@ def assert_targets(example):
 def test_real_records_become_examples_of_the_four_formats(codex, tokenizer):
     examples, summary = build_examples(codex, tokenizer, list(sp.FORMATS))
     assert [sum(ex.format == name for ex in examples) for name in sp.FORMATS] == [40, 1, 40, 1]
-    assert re.match(r"40 of 40 solutions are right; \d\d\.\d% of their tokens have", summary)
+    assert re.match(r"40 of 40 solutions are right; .* candidate for \d\d\.\d% of", summary)
     for ex in examples:
         text = tokenizer.decode(ex.labels)
         assert text.endswith("The answer is 72")
@@ -114,15 +101,15 @@ def test_real_records_become_examples_of_the_four_formats(codex, tokenizer):
         else:
             assert ex.teacher_ids is None and text == "The answer is 72"
 
-def test_distributions_over_t5s_own_pieces_come_over_unchanged(real, tokenizer):
+def test_distributions_over_t5s_own_pieces_come_over_unchanged(datasets, tokenizer):
     rng, pieces = random.Random(0), tokenizer.pieces[3:]
-    for problem in ev.load("gsm8k", "train", real / "datasets")[:100]:
+    for problem in ev.load("gsm8k", "train", datasets)[:100]:
         solution = ev.math_target(problem, cot=True)
         tokens, tops = tokenizer.split(solution), []
         for token in tokens:
             counts = rng.sample(range(1, 9), 5)
-            candidates = [token, *rng.sample(pieces, 4)]
-            tops.append({c: math.log(n / sum(counts)) for c, n in zip(candidates, counts)})
+            logprobs = [math.log(n / sum(counts)) for n in counts]
+            tops.append(dict(zip([token, *rng.sample(pieces, 4)], logprobs)))
         record = {"question": problem.question, "answer": problem.answer, "solution": solution,
                   "tokens": tokens, "top_logprobs": tops}
         (ex,), _ = build_examples([sp.parse_record(record, "")], tokenizer, ["zero_shot_cot"])
@@ -135,9 +122,6 @@ def test_records_of_any_text_become_examples(tokenizer):
     for _ in range(300):
         text = random_text(rng)
         tokens = re.findall("(?s).{1,4}", text + " so 5")
-        if rng.random() < 0.3:  # a token as its bytes
-            raw = tokens[0].encode("utf-8", "replace")
-            tokens[0] = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
         tops = [{random_text(rng)[:6]: -1.0, token: math.log(rng.uniform(1e-9, 0.5))}
                 for token in tokens]
         record = {"question": f"{text} ?", "answer": 5, "solution": text + " so 5",
@@ -176,8 +160,8 @@ def test_a_batch_shifts_its_labels_and_mixes_solutions_with_and_without_distribu
     assert torch.allclose(kl, sp.nll_loss(logits, labels[:1], mask[:1]))
     assert (probs[1] > 0).sum() > mask[1].sum()
 
-def test_a_prompt_made_of_parts_is_the_prompt_encoded_at_once(real, tokenizer):
-    problems = ev.load("gsm8k", "train", real / "datasets")[:200]
+def test_a_prompt_made_of_parts_is_the_prompt_encoded_at_once(datasets, tokenizer):
+    problems = ev.load("gsm8k", "train", datasets)[:200]
     for i in range(0, 200, 5):
         question, *shots = problems[i : i + 5]
         for name, (cot, in_context) in sp.FORMATS.items():
@@ -203,8 +187,8 @@ def test_an_epoch_has_every_example_once_in_batches_of_one_format_and_similar_le
 
 # --- runs that are killed, interrupted and run out of disk ---
 
-STEPS, EVERY = 32, 4
-SHAPE = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1)
+SHAPE = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.1,
+             feed_forward_proj="gated-gelu", tie_word_embeddings=False)
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
@@ -218,8 +202,8 @@ def train(tmp_path_factory):
 
     def train(run, resume=False, measure=pseudo_accuracy, flags=""):
         args = sp.parse_arguments(
-            f"--epochs 20 --steps {STEPS} --micro-batch-size 2 2 4 4 --checkpoint-every {EVERY} "
-            f"--gradient-accumulation-steps 2 --log-every 2 --threads 1 {flags}".split())
+            "--steps 32 --epochs 20 --micro-batch-size 2 2 4 4 --gradient-accumulation-steps 2 "
+            f"--checkpoint-every 4 --log-every 2 --threads 1 {flags}".split())
         args.resume = resume
         torch.manual_seed(0)
         model = T5.from_pretrained(first, dtype=sp.weights_dtype(args))
@@ -232,17 +216,6 @@ def pseudo_accuracy(model, tokenizer, args):
     value = model.shared.weight.double().sum().item() * 1e4 % 1
     return {"validation": {task: [value, 0.0] for task in ev.DATASETS}}
 
-def fork(work, output):
-    """Start work() in a process that is a copy of this one; its output goes to a file."""
-
-    def quiet():
-        sys.stdout = sys.stderr = open(output, "a", buffering=1)
-        run_command(work)
-
-    process = multiprocessing.get_context("fork").Process(target=quiet)
-    process.start()
-    return process
-
 def outcome(run):
     """Return a run's weights, training state, evaluations and learning rates."""
     last, log = sp.checkpoints(run)[-1], sp.read_log(run / "log.jsonl")
@@ -253,29 +226,21 @@ def outcome(run):
         "log": [(e["step"], e.get("validation"), e.get("learning_rate")) for e in log],
     }
 
-@pytest.fixture(scope="module")
-def undisturbed(train, tmp_path_factory):
-    """The outcome of a run that nothing disturbs, and its seconds."""
-    run, begin = tmp_path_factory.mktemp("undisturbed"), time.time()
-    process = fork(lambda: train(run), run / "out")
-    process.join()
-    assert process.exitcode == 0, (run / "out").read_text()
-    return outcome(run), time.time() - begin
-
-def stamp(run):
-    """Return what changes when work on a checkpoint begins or ends."""
-    with contextlib.suppress(FileNotFoundError):
-        return (run / "unfinished-checkpoint").stat().st_ctime_ns
-
-def test_runs_killed_at_any_time_end_with_the_same_bits(train, undisturbed, tmp_path):
+def test_runs_killed_at_any_time_end_with_the_same_bits(train, tmp_path):
     """12 kills, half of them when a checkpoint is being written or deleted."""
-    (expected, seconds), rng, kills, amid = undisturbed, random.Random(0), 0, 0
+    (tmp_path / "undisturbed").mkdir()
+    begin, rng, kills, amid = time.time(), random.Random(0), 0, 0
+    train(tmp_path / "undisturbed")
+    expected, seconds = outcome(tmp_path / "undisturbed"), time.time() - begin
     while kills < 12:
         run, exitcode = tmp_path / f"{kills}", None
         run.mkdir()
+        unfinished = run / "unfinished-checkpoint"
         while exitcode != 0:
-            before, process = stamp(run), fork(lambda: train(run, resume=True), tmp_path / "out")
-            while kills % 2 and stamp(run) in (None, before) and process.is_alive():
+            if kills % 2:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            process = fork(lambda: train(run, resume=True), tmp_path / "out")
+            while kills % 2 and process.is_alive() and not unfinished.exists():
                 time.sleep(0.0002)
             if kills < 12:
                 time.sleep(rng.uniform(0, 0.01 if kills % 2 else seconds / 2))
@@ -283,8 +248,7 @@ def test_runs_killed_at_any_time_end_with_the_same_bits(train, undisturbed, tmp_
             process.join()
             exitcode = process.exitcode
             assert exitcode in (0, -signal.SIGKILL), (tmp_path / "out").read_text()
-            kills += exitcode != 0
-            amid += exitcode != 0 and stamp(run) not in (None, before)
+            kills, amid = kills + (exitcode != 0), amid + unfinished.exists()
             for folder in sp.checkpoints(run):  # each is complete
                 training = torch.load(folder / "training.pt", weights_only=True)
                 assert folder.name == f"checkpoint-{training['step']}" and load_pretrained(folder)
@@ -323,13 +287,13 @@ def test_a_loss_or_gradient_that_is_not_finite_names_step_records_and_checkpoint
 
     with pytest.raises(UserError) as error:
         train(tmp_path, measure=spoil)
-    assert re.match(rf"step {EVERY + 1}: the {what} is not finite. Batch: .*teacher.jsonl.gz, "
-                    rf"line \d+.*good checkpoint: {tmp_path}/checkpoint-{EVERY}\.", str(error.value))
+    assert re.match(rf"step 5: the {what} is not finite. Batch: .*teacher.jsonl.gz, line \d+.* "
+                    rf"good checkpoint: {tmp_path}/checkpoint-4\.", str(error.value))
 
 @pytest.mark.parametrize("share", [0.5, 1.5])  # no room for the weights; for the optimizer
 def test_a_full_disk_is_one_message_and_the_last_good_checkpoint_survives(
-        train, undisturbed, tmp_path, share):
-    train(tmp_path, flags=f"--steps {EVERY}")
+        train, tmp_path, share):
+    train(tmp_path, flags="--steps 4")
     before = outcome(tmp_path)
 
     def without_room():
@@ -347,15 +311,12 @@ def test_a_full_disk_is_one_message_and_the_last_good_checkpoint_survives(
     assert train(tmp_path, resume=True)
 
 def test_only_complete_names_are_checkpoints_and_pruning_spares_the_best(tmp_path):
-    model, tokenizer = load_pretrained(TOY / "student")
-    optimizer = sp.make_optimizer(model.parameters(), "adafactor", 0.0)
-    for step in (3, 20, 100):
-        sp.save_checkpoint(tmp_path, step, model, optimizer, tokenizer)
-    for name in ("checkpoint-", "checkpoint-x", "checkpoint-7.tmp", "unfinished-checkpoint"):
-        (tmp_path / name).mkdir()
-    assert [f.name[11:] for f in sp.checkpoints(tmp_path)] == ["3", "20", "100"]
+    others = {"checkpoint-", "checkpoint-x", "checkpoint-7.tmp", "unfinished-checkpoint"}
+    for name in ("checkpoint-3", "checkpoint-100", "checkpoint-20", *others):
+        (tmp_path / name / "folder").mkdir(parents=True)
+    assert [folder.name[11:] for folder in sp.checkpoints(tmp_path)] == ["3", "20", "100"]
     sp.prune_checkpoints(tmp_path, keep=[3, 100])
-    assert [f.name[11:] for f in sp.checkpoints(tmp_path)] == ["3", "100"]
+    assert [folder.name[11:] for folder in sp.checkpoints(tmp_path)] == ["3", "100"]
 
 def test_small_changes_add_up_in_bf16_weights_and_frozen_ones_stay():
     torch.manual_seed(0)
@@ -383,18 +344,15 @@ def test_an_entry_in_losses_is_offered_and_trained_with(train, tmp_path, monkeyp
         sp.parse_arguments(["--loss", "third"])
 
 def test_a_sets_entry_says_whether_it_is_validated_on_and_counts_for_selection(monkeypatch):
-    def validate(**entry):
-        """Return the validated sets and the mean of the selected ones, with a set of one's own."""
-        monkeypatch.setitem(sp.DATASETS, "mine", ev.Dataset("Mine", "mine.jsonl", None, **entry))
-        entry = sp.validate(None, None, sp.parse_arguments([]))
-        return list(entry["validation"]), pytest.approx(sp.ood_accuracy(entry))
-
     accuracies = {"gsm8k": 0.9, "multiarith": 0.1, "asdiv": 0.2, "svamp": 0.3, "mine": 0.8}
     monkeypatch.setattr(sp, "evaluate_with", lambda args, model, tokenizer, task, *_:
                         ev.Evaluation(accuracies[task], 0.01, []))
-    assert validate() == (list(accuracies), 0.35)
-    assert validate(select=False) == (list(accuracies), 0.2)
-    assert validate(select=False, validate=False) == (list(accuracies)[:4], 0.2)
+    for validate, select, mean in ((True, True, 0.35), (True, False, 0.2), (False, False, 0.2)):
+        mine = ev.Dataset("Mine", "mine.jsonl", None, 500, validate, select)
+        monkeypatch.setitem(sp.DATASETS, "mine", mine)
+        entry = sp.validate(None, None, sp.parse_arguments([]))
+        assert list(entry["validation"]) == list(accuracies)[: 5 if validate else 4]
+        assert sp.ood_accuracy(entry) == pytest.approx(mean)
     entries = [{"step": n, "validation": dict.fromkeys(accuracies, [x, 0])}
                for n, x in enumerate((0.1, 0.3, 0.3, 0.2))]
     assert sp.best_checkpoint(dict(enumerate(entries))) == entries[2]  # the later of equals
@@ -406,9 +364,9 @@ BRIEF = ("--teacher teacher.jsonl --epochs 1 --micro-batch-size 4 4 8 8 --checkp
 
 @pytest.fixture
 def teacher(tmp_path):
-    """Put the first 60 of the toy's teacher records into tmp_path."""
+    """Put the first 40 of the toy's teacher records into tmp_path."""
     with gzip.open(TOY / "teacher.jsonl.gz", "rt") as lines:
-        (tmp_path / "teacher.jsonl").write_text("".join(itertools.islice(lines, 60)))
+        (tmp_path / "teacher.jsonl").write_text("".join(itertools.islice(lines, 40)))
 
 def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
         command, teacher, tmp_path):
@@ -422,25 +380,25 @@ def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
     run = tmp_path / "runs" / "one"
     results = json.loads((run / "results.json").read_text())
     assert [list(entries) for entries in results["test"].values()] == [columns, columns]
-    evaluations = [entry for entry in sp.read_log(run / "log.jsonl") if "validation" in entry]
-    best = max(evaluations, key=lambda entry: (sp.ood_accuracy(entry), entry["step"]))
+    evaluations = {e["step"]: e for e in sp.read_log(run / "log.jsonl") if "validation" in e}
+    best = sp.best_checkpoint(evaluations)
     assert len(evaluations) > 2 and results["selected"] == best
     weights = (run / f"checkpoint-{best['step']}" / "model.safetensors").read_bytes()
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     assert load_pretrained(run / "model")
 
 def test_after_ctrl_c_the_printed_command_continues_to_the_same_bits(command, teacher, tmp_path):
-    words = [sys.executable, str(ROOT / "specialize.py"), *BRIEF, "--skip-bbh"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+    script = [sys.executable, str(ROOT / "specialize.py")]
+    process = subprocess.Popen([*script, *BRIEF, "--skip-bbh"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     next(line for line in process.stdout if line.startswith("step 3/"))
     process.send_signal(signal.SIGINT)
     _, message = process.communicate()
     assert process.returncode == 130 and "Traceback" not in message
     (saved,) = sp.checkpoints(tmp_path / "runs" / "toy")
-    _, known, how = message.partition(f"checkpoint: runs/toy/{saved.name}. Continue with: ")
-    done = subprocess.run(how, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert known and f"resuming from runs/toy/{saved.name}" in done.stdout, done.stderr
+    words = shlex.split(message.partition(f"runs/toy/{saved.name}. Continue with: ")[2])
+    assert words[:2] == script
+    assert f"resuming from runs/toy/{saved.name}" in command(sp, *words[2:])
     command(sp, *BRIEF, "--skip-bbh", "--name", "at_once")
     assert outcome(tmp_path / "runs" / "toy") == outcome(tmp_path / "runs" / "at_once")
 
@@ -451,9 +409,15 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(refused, 
     assert str(sp.find_run(args)) == "runs/one"  # killed before anything was written
     (run / "arguments.json").write_text(json.dumps(sp.recorded(args) | {"epochs": 7, "seed": 1}))
     assert "runs/one exists; continue it with --resume" in refused(sp, "--name", "one")
-    assert "resume it with --epochs 7, --seed 1" in refused(sp, "--name", "one", "--resume")
-    (tmp_path / "runs" / "toy").mkdir()
-    assert str(sp.find_run(sp.parse_arguments([]))) == "runs/toy-2"
+    message = refused(sp, "--name", "one", "--resume", "--log-every", 5)
+    assert message.endswith("started with other arguments; use --epochs 7, --seed 1")
+    for name in ("runs/toy", "runs/toy-2"):  # without --name: the next, or the latest
+        args = sp.parse_arguments([])
+        assert str(sp.find_run(args)) == name
+        shutil.copytree(run, name)
+        damage(tmp_path / name / "arguments.json", json.dumps(sp.recorded(args)))
+        args.resume = True
+        assert str(sp.find_run(args)) == name
 
 @pytest.mark.parametrize("name", ["svamp/SVAMP.json", "bbh/bbh/odd_one_out.json",
                                   "bbh/cot-prompts/odd_one_out.txt"])
@@ -463,8 +427,8 @@ def test_all_sets_are_read_before_training(name, refused, teacher, tmp_path, mon
     monkeypatch.setattr(sp, "train", lambda *_: pytest.fail("it trains"))
     assert name in refused(sp, "--data", tmp_path / "data", "--teacher", "teacher.jsonl")
 
-def test_without_a_teacher_it_trains_on_gsm8ks_own_solutions(real, tokenizer):
-    args = sp.parse_arguments(["--size", "large", "--data", str(real / "datasets")])
+def test_without_a_teacher_it_trains_on_gsm8ks_own_solutions(datasets, tokenizer):
+    args = sp.parse_arguments(["--size", "large", "--data", str(datasets)])
     assert args.model == "google/flan-t5-large" and args.micro_batch_size == (8, 12, 18, 30)
     assert (args.learning_rate, args.epochs, args.gradient_accumulation_steps) == (5e-4, 10, 20)
     records = sp.teacher_records(args, ev.load("gsm8k", "train", args.data))
@@ -473,12 +437,12 @@ def test_without_a_teacher_it_trains_on_gsm8ks_own_solutions(real, tokenizer):
     assert all(ex.teacher_ids is None for ex in examples)
 
 def test_the_paper_run_downloads_model_and_sets_and_trains(
-        real, command, refused, tmp_path, monkeypatch):
+        real, datasets, tokenizer, command, refused, tmp_path, monkeypatch):
     """`--size small` on a random model, with the real vocabulary, sets and teacher records."""
     site, small = tmp_path / "site", "google/flan-t5-small"
     model = site / small / "resolve" / "abc123"
-    T5(T5Config(feed_forward_proj="gated-gelu", **SHAPE)).save_pretrained(model)
-    shutil.copy(real / "tokenizers" / "t5" / "spiece.model", model)
+    T5(T5Config(**SHAPE)).save_pretrained(model)
+    tokenizer.save(model)
     files = [{"rfilename": file.name, "size": file.stat().st_size} for file in model.iterdir()]
     for revision in ("main", "abc123"):
         damage(site / "api" / "models" / small / "revision" / revision,
@@ -488,20 +452,17 @@ def test_the_paper_run_downloads_model_and_sets_and_trains(
     names |= {f"bbh/{name}": f"{ev.BBH_SOURCE}/{name}" for task in ev.BBH_TASKS
               for name in (f"bbh/{task}.json", f"cot-prompts/{task}.txt")}
     for name, path in names.items():
-        damage(site / path, (real / "datasets" / name).read_bytes())
+        damage(site / path, (datasets / name).read_bytes())
     lines = (real / "codex" / "gsm8k_train_0.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "teacher.jsonl").write_text("".join(lines[:2]))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(ev, "GITHUB", f"http://127.0.0.1:{server.server_port}")
-        for name, value in (("HF_HOME", tmp_path / "cache"), ("HF_ENDPOINT", ev.GITHUB),
+    with serve(site) as url:
+        monkeypatch.setattr(ev, "GITHUB", url)
+        for name, value in (("HF_HOME", str(tmp_path / "cache")), ("HF_ENDPOINT", url),
                             ("HF_HUB_CACHE", ""), ("HF_HUB_OFFLINE", "")):
-            monkeypatch.setenv(name, str(value))
+            monkeypatch.setenv(name, value)
         flags = "--data sets --device cpu --epochs 1 --validation-limit 1 --test-limit 1"
         printed = command(sp, "--size", "small", "--teacher", "teacher.jsonl", *flags.split(),
                           "--max-new-tokens", 4)
-        server.shutdown()
     assert "2 of 2 solutions are right" in printed and "BBH answer-only" in printed
     sets = tmp_path / "sets"
     assert {str(file.relative_to(sets)) for file in sets.rglob("*.*")} == set(names)
@@ -510,11 +471,11 @@ def test_the_paper_run_downloads_model_and_sets_and_trains(
 
 # --- damaged files ---
 
-GOOD = {"question": "How many?", "answer": "5", "solution": "2 + 3 = 5", "tokens": ["2 + 3", " = 5"],
+GOOD = {"question": "Why?", "answer": "5", "solution": "2 + 3 = 5", "tokens": ["2 + 3", " = 5"],
         "top_logprobs": [{"2 + 3": -0.1}, {" = 5": -0.2, " is": -2.0}]}
 LINE = json.dumps(GOOD) + "\n"
 LINES = gzip.compress(LINE.encode() * 5000, mtime=0)
-RECORDS = [  # of a record's keys, other values: what is wrong with them
+RECORDS = [  # what is wrong, and the values of the record that are
     ("question is 5", {"question": 5}), ("the question is empty", {"question": " "}),
     ("answer is True", {"answer": True}), ("the answer inf", {"answer": "9" * 400}),
     ("solution is ['a']", {"solution": ["a"]}), ("solution has 1,0", {"solution": "5" * 10**6}),
@@ -527,22 +488,21 @@ RECORDS = [  # of a record's keys, other values: what is wrong with them
     ("at '2 + 3', 'a' has the log-probability 0.5", {"top_logprobs": [{"a": 0.5}, {}]}),
     ("at '2 + 3', 'a' has the log-probability nan", {"top_logprobs": [{"a": math.nan}, {}]}),
     ("at '2 + 3' the probabilities sum to", {"top_logprobs": [{"a": -0.1, "b": -0.1}, {}]})]
+RECORDS = [(f"line 2: not a teacher record ({fault}", LINE + json.dumps(GOOD | values))
+           for fault, values in RECORDS]
+RECORDS += [(f"line 2: not a teacher record (no key '{key}')", LINE + LINE.replace(key, "x", 1))
+            for key in ("question", "answer", "solution", "tokens")]
 
 @pytest.mark.parametrize("name, fault, content", [
-    ("a.jsonl", "no teacher record", ""), ("a.jsonl", "line 1", "[" * 200_000),
-    ("a.jsonl", "line 2", LINE * 2 + "\n" + LINE), ("a.jsonl", "line 2", LINE + LINE[:-20]),
-    ("a.jsonl", "line 2", LINE.encode() + b'{"question": "\xff"}\n'),
-    ("a.jsonl", "line 1: not a teacher record (a record is [1], a list)", "[1]\n"),
-    ("a.jsonl", "line 1: not a teacher record", " " * (2**24 + 5)),
-    *(("a.jsonl", f"line 2: not a teacher record (no key '{key}')", LINE + LINE.replace(key, "x", 1))
-      for key in ("question", "answer", "solution", "tokens")),
-    *(("a.jsonl", f"line 2: not a teacher record ({fault}", LINE + json.dumps(GOOD | values))
-      for fault, values in RECORDS),
-    ("a.jsonl", "none of 1 teacher solutions ends in its gold", LINE.replace('"5"', '"6"')),
+    *(("a.jsonl", fault, content) for fault, content in [
+        *RECORDS, ("no teacher record", ""), ("line 1: not a teacher", " " * (2**24 + 5)),
+        ("line 1", "[" * 200_000), ("line 1: not a teacher record (a record is [1]", "[1]\n"),
+        ("line 2", LINE + LINE[:-20]), ("line 2", LINE + "\n" + LINE),
+        ("line 2", LINE.encode() + b'{"question": "\xff"}\n'),
+        ("none of 1 teacher solutions ends in its gold", LINE.replace('"5"', '"6"'))]),
     ("a.jsonl.gz", "is the file complete", half(LINES)), ("a.jsonl.gz", "Not a gzipped", "text"),
     ("a.jsonl.gz", "line", LINES[:400] + bytes(200) + LINES[600:]),
-    ("a.jsonl.gz", "line 1: not a teacher record", gzip.compress(bytes(2**28), 1))],
-    ids=itertools.count())
+    ("a.jsonl.gz", "line 1: not a teacher", gzip.compress(bytes(2**28), 1))], ids=itertools.count())
 def test_a_damaged_teacher_is_refused(name, fault, content, tmp_path, refused):
     damage(tmp_path / name, content)
     message = refused(sp, "--teacher", name, "--skip-bbh")
@@ -552,15 +512,13 @@ class RunsCode:
     def __reduce__(self):
         return open, ("code-ran", "w")
 
-TRAINING, WEIGHTS = "checkpoint-3/training.pt", "checkpoint-3/model.safetensors"
-
 @pytest.mark.parametrize("name, fault, content", [
     ("arguments.json", "not an object", half), ("arguments.json", "not an object", "[1]"),
-    ("log.jsonl", "log.jsonl, line 1: not an entry", '{"st\n{"step": 1}\n'),
-    ("log.jsonl", "log.jsonl, line 2: not an entry", '{"step": 1}\n[]\n{"step": 1}\n'),
-    (WEIGHTS, WEIGHTS, half), (TRAINING, TRAINING, half), (TRAINING, TRAINING, ""),
-    (TRAINING, TRAINING, pickle.dumps(RunsCode(), 2)),
-    (TRAINING, TRAINING, pickle.dumps({"step": 3, "optimizer": [{}], "random": 0}, 2))],
+    ("log.jsonl", "line 1: not an entry", '{"st\n{"step": 1}\n'),
+    ("log.jsonl", "line 2: not an entry", '{"step": 1}\n[]\n{"step": 1}\n'),
+    ("checkpoint-3/model.safetensors", "delete", half),
+    *(("checkpoint-3/training.pt", "delete", content) for content in [
+        half, "", pickle.dumps(RunsCode(), 2), pickle.dumps({"step": 3, "optimizer": [{}]}, 2)])],
     ids=itertools.count())
 def test_a_damaged_run_is_not_resumed(name, fault, content, tmp_path, refused, teacher):
     arguments = ["--teacher", "teacher.jsonl", "--name", "one", "--skip-bbh"]
@@ -570,4 +528,5 @@ def test_a_damaged_run_is_not_resumed(name, fault, content, tmp_path, refused, t
     recorded = sp.recorded(sp.parse_arguments(arguments))
     (run / "arguments.json").write_text(json.dumps(recorded, indent=2) + "\n")
     damage(run / name, content)
-    assert fault in refused(sp, *arguments, "--resume")
+    message = refused(sp, *arguments, "--resume")
+    assert f"runs/one/{name}" in message and fault in message

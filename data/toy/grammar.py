@@ -1,7 +1,7 @@
-"""The toy teacher: a probabilistic grammar of solutions whose next-token distribution is known exactly.
+"""The toy teacher: a probabilistic grammar of solutions, whose next-token distribution is exact.
 
-It stands for a large language model: it writes one of several phrasings, makes mistakes, speaks in tokens of its own
-(byte-pair encoding) and tells the likeliest tokens of each step. This file knows nothing of files or of the student.
+It plays the large language model: it chooses among phrasings, makes mistakes, writes in tokens of
+its own (byte-pair encoding) and reports the most probable tokens of each step.
 """
 
 import math
@@ -12,28 +12,31 @@ import tiktoken
 
 from stories import LIMIT, OPERATIONS
 
-# A solution is a path through a grammar: opening, equation, result, ending of each step, then the answer. A state is
-# (slot, results so far, what the slot needs to know); `alternatives` gives each way on as (probability, text, state).
+# A solution is a path through a grammar: opening, equation, result and ending of each step, then
+# the answer. A state is (slot, results so far, further arguments of the slot).
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]+| "  # the words within which BPE merges
 FIRST = {"First": 0.45, "We see": 0.1, "So": 0.1, "": 0.35}
 LATER = {"Then": 0.45, "Now": 0.1, "So": 0.1, "": 0.35}
 
 
 def alternatives(story, state):
-    """The grammar: every way on from a state, likelihoods summing to 1. A final state is None."""
+    """Return every continuation of a state as (probability, text, next state); the probabilities
+    sum to 1, and the final state is None."""
     slot, results, *known = state
     if slot == "open":
         if len(results) == len(story.equations):
             return [(1.0, f"The answer is {results[-1]}", None)]
-        return [(p, text, ("equation", results, text)) for text, p in (LATER if results else FIRST).items()]
+        openings = LATER if results else FIRST
+        return [(p, text, ("equation", results, text)) for text, p in openings.items()]
     if slot == "equation":
         space = " " if known[0] else ""
         x, op, y = (dict(zip("pqr", results)).get(v, v) for v in story.equations[len(results)])
         weights = Counter({(x, op, y): 0.95})
         weights[x, "-" if op == "+" else "+", y] += 0.02  # the wrong operation
-        for number in story.numbers:  # a number read from the wrong place
+        for number in story.numbers:  # another number of the story
             weights[x, op, number] += 0.03 / len(story.numbers)
-        weights = {key: p for key, p in weights.items() if p > 0.5 or 0 < OPERATIONS[key[1]](x, key[2]) <= LIMIT}
+        weights = {(x, op, y): p for (x, op, y), p in weights.items()
+                   if p > 0.5 or 0 < OPERATIONS[op](x, y) <= LIMIT}
         total = sum(weights.values())
         return [
             (p / total, f"{space}{x} {op} {y} =", ("result", results, OPERATIONS[op](x, y)))
@@ -41,13 +44,15 @@ def alternatives(story, state):
         ]
     if slot == "result":
         slips = {0: 0.95, 1: 0.015, -1: 0.015, 10: 0.01, -10: 0.01}  # a slip in the arithmetic
-        slips = {known[0] + slip: p for slip, p in slips.items() if slip == 0 or 0 < known[0] + slip <= LIMIT}
-        return [(p / sum(slips.values()), f" {n}", ("end", (*results, n))) for n, p in slips.items()]
+        slips = {known[0] + slip: p for slip, p in slips.items()
+                 if slip == 0 or 0 < known[0] + slip <= LIMIT}
+        total = sum(slips.values())
+        return [(p / total, f" {n}", ("end", (*results, n))) for n, p in slips.items()]
     return [(0.6, ".\n", ("open", results)), (0.4, f" {story.item}.\n", ("open", results))]
 
 
 def walk(rng, story):
-    """The text of one solution, drawn from the grammar."""
+    """Draw the text of one solution from the grammar."""
     text, state = "", ("open", ())
     while state:
         ways = alternatives(story, state)
@@ -61,10 +66,11 @@ class Teacher:
 
     def __init__(self, story, encoding):
         self.story, self.encoding = story, encoding
-        self.after = {(): self.unfold({((), ("open", ())): 1.0})}  # tokens so far -> what may be meant by them
+        self.after = {(): self.unfold({((), ("open", ())): 1.0})}  # tokens so far -> hypotheses
 
     def unfold(self, beliefs):
-        """{(tokens still to come, state): probability}, expanded until each hypothesis knows its next token."""
+        """Expand hypotheses, {(tokens still to come, state): probability}, until each has a next
+        token or is final."""
         ready, open_ = Counter(), list(beliefs.items())
         while open_:
             (queue, state), p = open_.pop()
@@ -76,7 +82,7 @@ class Teacher:
         return ready
 
     def next_tokens(self, prefix):
-        """The exact distribution of the next token, {token: probability}; empty at the end of a solution.
+        """Return the exact distribution of the next token, {token: probability}; at the end {}.
 
         p(t | prefix) is the sum of the probabilities of all hypotheses whose next token is t.
         """
@@ -94,7 +100,7 @@ class Teacher:
         return tokens
 
     def sample(self, rng, temperature):
-        """One solution: its tokens and, for each step, the distribution at temperature 1 that stood there."""
+        """Draw one solution: its tokens, and for each the distribution at temperature 1."""
         tokens, steps = (), []
         while following := self.next_tokens(tokens):
             steps.append(following)
@@ -104,9 +110,9 @@ class Teacher:
 
 
 def train_bpe(texts, merges):
-    """Byte-pair encoding: merge the most frequent neighbours, again and again -> a tiktoken.Encoding.
+    """Learn a byte-pair encoding, by repeatedly merging the most frequent pair of neighbors.
 
-    Numbers become tokens of their own in any case, as they are in p50k_base.
+    Every number up to LIMIT becomes one token, as in p50k_base. Return a tiktoken.Encoding.
     """
     words = Counter(word.encode() for text in texts for word in re.findall(PATTERN, text))
     words = {tuple(bytes([b]) for b in word): n for word, n in words.items()}
@@ -138,7 +144,7 @@ def merge(word, pair):
 
 
 def teacher_records(rng, stories, encoding, samples, temperature):
-    """Samples of solutions of each story, as a completions server returns them; equal ones stand side by side."""
+    """Yield sampled solutions of each story in the form of teacher records, sorted per story."""
     for story in stories:
         teacher = Teacher(story, encoding)
         drawn = [teacher.sample(rng, temperature) for _ in range(samples)]
@@ -149,7 +155,8 @@ def teacher_records(rng, stories, encoding, samples, temperature):
                 "solution": encoding.decode(list(tokens)),
                 "tokens": [encoding.decode([token]) for token in tokens],
                 "top_logprobs": [
-                    {encoding.decode([token]): round(math.log(p), 4) for token, p in step.most_common(5)}
+                    {encoding.decode([token]): round(math.log(p), 4)
+                     for token, p in step.most_common(5)}
                     for step in steps
                 ],
             }
