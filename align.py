@@ -301,17 +301,19 @@ def main():
     except (OSError, RuntimeError) as error:
         sys.exit(f"error: {path}: {error}; `python t5.py google/flan-t5-small hi` downloads one, "
                  "or use --student FOLDER")
+    is_file = args.text.endswith((".jsonl", ".jsonl.gz"))
     try:
-        if args.text.endswith((".jsonl", ".jsonl.gz")):
+        if is_file:
             with (gzip.open if args.text.endswith(".gz") else open)(args.text, "rt") as lines:
-                teacher = json.loads(next(lines))["tokens"]
+                teacher = list(map(str, json.loads(next(lines))["tokens"]))
         else:
             encoding = tiktoken.get_encoding(args.teacher)
             ids = encoding.encode(args.text, disallowed_special=())
             teacher = [encoding.decode([i]) for i in ids]
     except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
-        sys.exit(f"error: --teacher {args.teacher} or {args.text[:60]!r}: {error!r:.300}; it is "
-                 "downloaded once, into the folder named by TIKTOKEN_CACHE_DIR")
+        what = f"{args.text}: no teacher record" if is_file else f"--teacher {args.teacher}"
+        sys.exit(f"error: {what} ({error!r:.300}). An encoding is downloaded once, into the folder "
+                 "named by TIKTOKEN_CACHE_DIR")
     student = pieces.encode("".join(teacher), out_type=str)
     if not teacher or not student:
         sys.exit("error: the text has no visible character; use another one")

@@ -51,7 +51,8 @@ class Problem:
     def __post_init__(self):
         if not (isinstance(self.question, str) and self.question.strip()):
             raise ValueError("the question is empty or not a string")
-        if not isinstance(self.answer, (float, str)) or self.answer in ("", math.inf, -math.inf):
+        is_number = isinstance(self.answer, float) and math.isfinite(self.answer)
+        if not (is_number or (isinstance(self.answer, str) and self.answer)):
             raise ValueError(f"the answer {self.answer!r} is neither a finite float nor text")
 
 def parse_gsm8k(line):
@@ -616,7 +617,8 @@ def read_log(path):
     try:
         for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
             entry = json.loads(line)
-            int(entry["step"])  # raises if it is none
+            int(entry["step"])  # these raise if the entry is none of a log's
+            dict(entry.get("validation", {}).values())
             entries.append(entry)
         return entries
     except OSError as error:

@@ -3,7 +3,8 @@
 It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (gated GELU: Shazeer, 2020, arXiv
 2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416), and must agree with
 `transformers.T5ForConditionalGeneration`: the tests compare logits, gradients and generated tokens.
-A first reader can stop at "files"; what follows is engineering.
+A first reader can stop at "files and downloads"; what follows is engineering. Linear and Dropout are
+PyTorch's, but for what a CPU can do faster: see "two faster layers".
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.
@@ -48,8 +49,8 @@ class UserError(Exception):
 class T5Config:
     """The shape of a model, in the names of config.json. The defaults are t5-small's.
 
-    T5 1.0 ties the output head to the embedding and scales the decoder's output by d_model**-0.5
-    before it. T5 1.1 and FlanT5 do neither."""
+    T5 1.0 ties the output head to the embedding, whose entries are near 1, and therefore scales the
+    decoder's output by d_model**-0.5 before it. T5 1.1 and FlanT5 do neither."""
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -93,8 +94,8 @@ class FeedForward(nn.Module):
         return self.wo(self.dropout(x))
 
 class Attention(nn.Module):
-    """Multi-head attention without biases. The logits are not divided by sqrt(d_kv), unlike in the
-    standard Transformer; init_weights makes up for that."""
+    """Multi-head attention; its projections have no bias vectors. The logits are not divided by
+    sqrt(d_kv), unlike in the standard Transformer; init_weights makes up for that."""
 
     def __init__(self, config):
         super().__init__()
@@ -117,14 +118,15 @@ class Attention(nn.Module):
 
         bias: (B or 1, H or 1, n or 1, m), added to the attention logits.
         memory_kv: in cross-attention, project_kv() of the encoder's output.
-        kv_cache: in decoding, keys and values (2, B, H, T, K) and t; those of x are stored at t."""
+        kv_cache: in decoding, when n is 1, a pair: the keys and values so far (2, B, H, T, K), and t,
+        the position of x, where its own are stored."""
         q = self.split_heads(self.q(x))
         k, v = self.project_kv(x) if memory_kv is None else memory_kv
         if kv_cache is not None:
             stored, t = kv_cache
-            stored[:, :, :, t] = torch.stack([k[:, :, 0], v[:, :, 0]])
+            stored[:, :, :, t] = torch.stack([k[:, :, 0], v[:, :, 0]])  # (2, B, H, K)
             k, v = stored[:, :, :, : t + 1]
-        if self.training and x.is_cpu:  # as PyTorch does there, minus its scaling: 20% faster
+        if self.training and x.is_cpu:  # as the function below, minus its scaling: faster on a CPU
             weights = (q @ k.transpose(-1, -2)).add_(bias).softmax(-1)  # (B, H, n, m)
             x = self.dropout(weights) @ v
         else:
@@ -148,8 +150,8 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x, bias, memory=None, memory_bias=None, memory_kv=None, kv_cache=None):
-        """(B, n, D) -> (B, n, D). In the decoder, pass either memory, the encoder's output
-        (B, S, D), or memory_kv, its precomputed keys and values (2, B, H, S, K)."""
+        """(B, n, D) -> (B, n, D). In the decoder, pass memory_bias (B, 1, 1, S) and either memory,
+        the encoder's output (B, S, D), or memory_kv, its precomputed keys and values."""
         x = x + self.dropout(self.self_attention(self.self_norm(x), bias, kv_cache=kv_cache))
         if self.is_decoder:
             if memory_kv is None:
@@ -171,20 +173,23 @@ class Stack(nn.Module):
         self.dropout = Dropout(config.dropout_rate)
         self.gradient_checkpointing = False
 
-    def position_bias(self, query, key):
-        """Return the bias (1, H, n, m): one learned scalar per head and bucket of distances.
+    def position_bias(self, query_position, key_position):
+        """Return the bias (1, H, n, m) for positions (n,) and (m,): one learned scalar per head and
+        bucket of distances.
 
-        Short distances have a bucket each; longer ones share buckets whose width grows
-        logarithmically. The encoder looks both ways: half of its buckets are for keys to the right.
-        """
-        distance = key[None, :] - query[:, None]  # (n, m)
-        buckets, first = self.relative_bias.num_embeddings, 0
+        Of the decoder's 32 buckets, 16 are for the distances 0 to 15, and 16 for ranges up to 128
+        whose width grows logarithmically: 16 to 18, 19 to 20, .., from 113 on. The encoder looks
+        both ways: it has 16 buckets to the left, and 16 to the right."""
+        distance = key_position[None, :] - query_position[:, None]  # (n, m)
+        buckets = self.relative_bias.num_embeddings
+        first = 0  # of the buckets for the key's side
         if not self.is_decoder:
             buckets //= 2
             first = (distance > 0).long() * buckets
         distance = (distance.clamp(max=0) if self.is_decoder else distance).abs()
         exact = buckets // 2
-        growth = (distance.clamp(min=1).float() / exact).log() / math.log(self.max_distance / exact)
+        ratio = distance.clamp(min=1) / exact  # no log of 0
+        growth = ratio.log() / math.log(self.max_distance / exact)  # 0 to 1 in the ranges
         far = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
         bucket = first + torch.where(distance < exact, distance, far)
         return self.relative_bias(bucket).permute(2, 0, 1).unsqueeze(0)
@@ -204,7 +209,8 @@ class Stack(nn.Module):
 def make_attention_bias(mask, bias):
     """Merge a boolean mask and a position bias into one bias, in the dtype attention will use.
 
-    Masked positions get a large negative number, not -inf: a fully padded row must not become NaN.
+    Masked positions get a large negative number that fp16 can hold, not -inf, so that a fully
+    padded row does not become NaN.
     """
     device = bias.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
@@ -231,7 +237,7 @@ class T5(nn.Module):
         """Draw T5's random weights: embeddings with standard deviation 1, matrices fan_in**-0.5.
 
         W_q gets a further d_kv**-0.5, which replaces the usual scaling of the attention logits. An
-        untied head is treated like any other matrix, so the first loss is close to log V."""
+        untied head is treated like any other matrix, so the first loss is near log V + 1/2."""
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 fan_in = self.config.d_model if "relative_bias" in name else weight.shape[1]
@@ -243,7 +249,7 @@ class T5(nn.Module):
         """Encode (B, S) ids; return (B, S, D) and the bias (B, 1, 1, S) of attention to it."""
         mask = attention_mask.bool()[:, None, None, :]
         memory = self.encoder(self.shared(input_ids), mask)
-        return memory, make_attention_bias(mask, memory.new_zeros(1))
+        return memory, make_attention_bias(mask, memory.new_zeros(1))  # no position bias here
 
     def logits(self, x):
         """Map the decoder's output (..., D) to logits (..., V)."""
@@ -268,7 +274,8 @@ class T5(nn.Module):
         input_ids, attention_mask: (B, S); by default everything but padding is visible.
         top_k: sample from the k most probable tokens only (0: from all), with generator, a
         torch.Generator on the model's device.
-        logits_processor: a function (ids so far (B, t), logits (B, V)) -> logits (B, V).
+        logits_processor: a function (ids so far (B, t), logits (B, V)) -> logits (B, V); it sees the
+        rows that are not finished, in any order.
         Return (B * num_samples, <= max_new_tokens) ids without the start token, padded with 0 after
         </s>; samples of the same prompt are adjacent."""
         was_training = self.training
@@ -288,12 +295,13 @@ class T5(nn.Module):
         output = input_ids.new_full((B, max_new_tokens), PAD)
         rows = torch.arange(B, device=output.device)  # the output row of each batch element
         token = output.new_full((B,), PAD)
-        with torch.inference_mode():  # faster than no_grad for small tensors
+        with torch.inference_mode():  # faster than no_grad; its tensors may not leave this method
             for t in range(max_new_tokens):
                 x = self.shared(token[:, None])  # (B, 1, D)
                 step_bias = bias[..., max_new_tokens - 1 - t :]  # (1, H, 1, t + 1)
                 for block, source, past in zip(self.decoder.blocks, memory_kv, kv_cache):
-                    x = block(x, step_bias, None, memory_bias, source, (past, t))
+                    x = block(x, step_bias, memory_bias=memory_bias, memory_kv=source,
+                              kv_cache=(past, t))
                 logits = self.logits(self.decoder.final_norm(x))[:, 0]  # (B, V)
                 if logits_processor is not None:
                     logits = logits_processor(output[rows, :t], logits)
@@ -311,7 +319,7 @@ class T5(nn.Module):
 
     def encode_source(self, input_ids, attention_mask):
         """Return the keys and values of a source for all decoder blocks (L, 2, B, H, S, K) and the
-        bias (B, 1, 1, S). On the CPU, chunks of about 2,048 tokens reuse the same memory."""
+        bias (B, 1, 1, S). On the CPU, chunks of about 2,048 tokens reuse the same buffers."""
         B, S = input_ids.shape
         blocks = self.decoder.blocks
         mask = attention_mask.bool()[:, None, None, :]
@@ -326,7 +334,7 @@ class T5(nn.Module):
                 kv[0, chunk], kv[1, chunk] = block.cross_attention.project_kv(memory)
         return memory_kv, bias
 
-    # --- Hugging Face files ---
+    # --- loading and saving ---
 
     def hf_tensors(self, of=lambda parameter: parameter.data):
         """Return {name in Hugging Face files: tensor}; pass of=lambda p: p.grad for gradients."""
@@ -349,24 +357,24 @@ class T5(nn.Module):
         if config.tie_word_embeddings and "shared.weight" in stored:
             stored.setdefault("lm_head.weight", stored["shared.weight"])
         with names_file(name_or_dir, "a T5 whose weights fit config.json"):
-            if config.num_layers + config.num_decoder_layers > len(stored):
+            if config.num_layers + config.num_decoder_layers > len(stored):  # before it is built
                 raise ValueError(f"{config.num_layers} layers, but only {len(stored)} tensors")
             with torch.device("meta"):  # no memory and no time for random weights
                 model = cls(config)
             ours = {hf_name(name): name for name in model.state_dict()}
-            state = {ours.get(name, name): x.to(device, dtype) for name, x in stored.items()}
+            state = {ours.get(name, name): tensor for name, tensor in stored.items()}
             model.load_state_dict(state, assign=True)
-        # Releases of transformers read tie_word_embeddings differently, so let the weights decide.
+        # transformers 4 and 5 read tie_word_embeddings differently, so let the weights decide.
         config.tie_word_embeddings = torch.equal(model.lm_head.weight, model.shared.weight)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.shared.weight
-        return model.eval()
+        return model.to(device, dtype).eval()
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, each atomically; `transformers` loads them.
 
-        For transformers 4, tie_word_embeddings also means that the decoder's output is scaled. It
-        is written in this sense; if it is false, the head is stored even if it is tied."""
+        For transformers 4, tie_word_embeddings means that the decoder's output is scaled, too. This
+        is what is written here, and a head that is not scaled is stored even if it is tied."""
         folder, tensors, scaled = Path(folder), self.hf_tensors(), self.config.scale_decoder_outputs
         folder.mkdir(parents=True, exist_ok=True)
         if not scaled:
@@ -383,17 +391,16 @@ def sample_token(logits, temperature, top_k, generator):
     """Choose the next token (B,) from logits (B, V): the most probable one, or a sample."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    vocab_size = logits.shape[-1]
+    values, ids = logits.float().topk(min(top_k or vocab_size, vocab_size))
+    probs = (values / temperature).softmax(dim=-1)
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
     """Compact a batch of generate(): return its five tensors without the finished elements (B,).
 
-    Unfinished elements of the tail move into the slots of finished ones, which copies less than
-    re-indexing every survivor."""
+    Unfinished elements from the end of the batch are copied over finished ones at its beginning: of
+    [a, -, c, -, e] e fills the first gap, and [a, e, c] remains. This copies little."""
     n = len(finished) - int(finished.sum())
     slots = finished[:n].nonzero()[:, 0]
     movers = n + (~finished[n:]).nonzero()[:, 0]
@@ -403,7 +410,7 @@ def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
         tensor[:, :, slots] = tensor[:, :, movers]
     return rows[:n], token[:n], memory_bias[:n], memory_kv[:, :, :n], kv_cache[:, :, :n]
 
-# --- files: config.json, tensor names, weights ---
+# --- files and downloads: config.json, tensor names, weights ---
 
 # Settings that are the same in every T5, and Hugging Face's names for the parts named here.
 FIXED = {"model_type": "t5", "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
@@ -451,14 +458,14 @@ def read_weights(name_or_dir):
     path = model_file(name_or_dir, *[stem + end for stem in stems for end in ("", ".index.json")])
     read = read_safetensors if path.name.startswith(stems[0]) else functools.partial(
         torch.load, map_location="cpu", weights_only=True)  # it refuses a pickle that runs code
-    with names_file(path, "a complete index of shards or file of weights"):
-        if path.suffix != ".json":
-            return read(path)
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [model_file(name_or_dir, Path(shard).name) for shard in shards]
+    paths = [path]
+    if path.suffix == ".json":
+        with names_file(path, "a complete index of shards"):
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        paths = [model_file(name_or_dir, Path(shard).name) for shard in sorted(shards)]
     weights = {}
     for path in paths:
-        with names_file(path, "a complete shard of weights"):
+        with names_file(path, "a complete file of weights"):
             weights |= read(path)
     return weights
 
@@ -484,7 +491,8 @@ def read_safetensors(path):
         part = data[first + start : first + end]
         if (first + start) % dtype.itemsize:  # a view must start at a multiple of its item size
             part = part.clone()
-        tensors[name] = part.view(dtype).view(entry["shape"]).data  # .data: no shared versions
+        view = part.view(dtype).view(entry["shape"])
+        tensors[name] = view.data  # autograd would take views of one file for one tensor
     return tensors
 
 def write_safetensors(tensors, path):
@@ -542,7 +550,7 @@ def hub_folder(model, names):
     try:
         repository = json.loads(open_url(listing, token).read())
         files = {entry["rfilename"]: entry for entry in repository["siblings"]}
-        folder = cache / "snapshots" / repository["sha"]
+        folder = cache / "snapshots" / Path(repository["sha"]).name
     except DOWNLOAD_ERRORS as error:
         raise UserError(f"cannot read {listing} ({describe(error)}); without a network, copy the "
                         f"model's files to {folder}") from None
@@ -569,13 +577,14 @@ def download(url, path, sha256=None, size=None, token=""):
                 if response.headers.get_content_type() == "text/html":
                     raise OSError("a web page was received in place of the file")
                 if response.status != 206:  # the complete file, not the rest of it
-                    file.truncate(0)
+                    file.seek(0)
+                    file.truncate()
                 total = size or file.tell() + int(response.headers.get("Content-Length") or 0)
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     show_progress(f"{path.name}: {file.tell() / 1e6:,.1f} of {total / 1e6:,.1f} MB")
                 show_progress("")
-                if file.tell() < total:
+                if file.tell() < total or (size and file.tell() > size):
                     raise OSError(f"{file.tell():,} of {total:,} bytes were received")
             if sha256 and hashlib.sha256(map_file(part).numpy()).hexdigest() != sha256:
                 part.unlink()
@@ -596,7 +605,8 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, request, response, code, message, headers, url):
         new = super().redirect_request(request, response, code, message, headers, url)
-        if new.host == request.host and "Authorization" in request.unredirected_hdrs:
+        same_host = (new.type, new.host) == (request.type, request.host)
+        if same_host and "Authorization" in request.unredirected_hdrs:
             new.add_unredirected_header("Authorization", request.get_header("Authorization"))
         return new
 
@@ -610,7 +620,8 @@ def open_url(url, token="", headers={}):
 def describe(error):
     """Describe a failed request, without the token that the text of a ValueError may contain."""
     hint = "; for a gated model set HF_TOKEN" if getattr(error, "code", 0) in (401, 403) else ""
-    return f"{error}{hint}" if isinstance(error, OSError) else type(error).__name__
+    text = " ".join(str(error).split())
+    return text + hint if isinstance(error, OSError) else type(error).__name__
 
 def show_progress(text):
     """Rewrite the progress line; do nothing unless stderr is a terminal."""
@@ -634,7 +645,7 @@ class Tokenizer:
         self.pieces = [self.model.id_to_piece(i) for i in range(len(self.model))]
 
     def split(self, text, kind=str):
-        """Return a text's pieces, without </s>. A newline is a space, half a surrogate pair "?"."""
+        """Return a text's pieces, without </s>. Half a surrogate pair, as JSON can hold, is "?"."""
         return self.model.encode(text.encode("utf-8", "replace").decode(), out_type=kind)
 
     def encode(self, text):
@@ -662,7 +673,7 @@ def pad_sequences(sequences, device="cpu"):
     batch = nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, sequences)), batch_first=True)
     return batch.long().to(device)
 
-# --- two layers that are faster on a CPU than PyTorch's ---
+# --- two faster layers for a CPU ---
 
 class Linear(nn.Linear):
     """x W^T without a bias."""
@@ -730,6 +741,7 @@ def run_command(main):
     """Run a command's main(); print errors that the user can fix as one line, and exit with 1."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -5,9 +5,10 @@
 
 Every ratio is that of two medians over repetitions in which both sides take turns. Models have
 random weights and flan-t5-small's shape unless a row names another. Both sides read the same file
-and run in this process with the same number of threads. These wait for work by OpenMP's defaults:
-torch is imported before t5, whose settings for a busy machine then come too late (to change that,
-set OMP_WAIT_POLICY and GOMP_SPINCOUNT). Needs transformers, and REAL_DATA as in conftest.py.
+and run in this process (CTranslate2 in another) with the same number of threads, which wait for
+work by OpenMP's defaults: torch is imported before t5, whose settings for a busy machine come too
+late then. Set OMP_WAIT_POLICY and GOMP_SPINCOUNT to change that. Needs transformers and REAL_DATA
+(see conftest.py); other references that are not installed are left out.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 user_settings = set(os.environ)
 import torch  # before conftest, which imports t5

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import tiktoken
 
 import align as al
 from align import WORD_BOUNDARY, align, align_batch, draw, one_to_one, transfer
-from conftest import random_text
+from conftest import TOY, random_text
 from t5 import Tokenizer
 
 TEACHERS = "p50k_base", "cl100k_base", "o200k_base", "qwen", "mistral"
@@ -261,6 +262,8 @@ def test_the_command_draws_both_tokenizations(run, real):
     assert top.index("·24") == bottom.index("▁24") and "/|2" in top and "/2" in bottom
     drawn = draw([" 24", " $", "12"], ["▁24", "▁$12"], colour=True)
     assert "\033[32m▁24\033[0m \033[33m▁$12 \033[0m" in drawn  # one-to-one is green
+    record = run("align.py", TOY / "teacher.jsonl.gz", "--student", TOY / "student").stdout
+    assert record.count("teacher  ") == record.count("student  ") > 0
 
 def test_the_command_says_what_it_lacks_and_how_to_get_it(monkeypatch, real, tmp_path, capsys):
     def message(*arguments):
@@ -278,6 +281,9 @@ def test_the_command_says_what_it_lacks_and_how_to_get_it(monkeypatch, real, tmp
     assert "nowhere" in message("text", "--student", "nowhere")
     assert "no_base" in message("text", "--teacher", "no_base", *student)
     assert "no visible character" in message(" \n", *student)
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"question": "no tokens"}\n')
+    assert "bad.jsonl" in message("bad.jsonl", *student)
     assert message("not UTF-8: \udcff", *student) is None and "not" in capsys.readouterr().out
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     without_encoding = message("text", *student)

@@ -406,6 +406,7 @@ def test_a_damaged_problem_set_is_refused(name, fault, content, tmp_path, refuse
     ("--plot", "No such file", None), ("--plot", "no validation yet", '{"step": 1}\n{"st'),
     ("--plot", "line 2: not an entry of a log", '{"step": 1}\n{"st\n'),
     ("--plot", "line 1: not an entry of a log", "[1]\n"), ("--plot", "line 1", NESTED + "\n"),
+    ("--plot", "line 1: not an entry of a log", '{"step": 1, "validation": {"svamp": 0.5}}\n'),
     ("--out", "not a file of predictions", "my notes")])
 def test_a_damaged_file_of_results_is_refused(option, fault, content, tmp_path, refused):
     if content is not None:
