@@ -192,6 +192,8 @@ def one_to_one(teacher, student, aligned):
             # If T5 made the space a token of its own, then " 24" belongs to both "▁" and "24".
             if (starts_word(teacher[found]) and not new_word) or found in partners[-1:]:
                 found = None
+        elif len(indices) == 1 and teacher[indices[0]] == piece:
+            found = indices[0]  # a lone "▁", if the teacher's tokens are the student's pieces
         partners.append(found)
     return partners
 

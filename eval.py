@@ -560,7 +560,7 @@ def show_cases(path, count, tasks):
     for p in read_predictions(path):
         if not tasks or p["task"] in tasks or ("bbh" in tasks and p["task"] not in DATASETS):
             settings = json.dumps(p.get("settings", {}))
-            key = p.get("model", ""), p["task"], settings, not p.get("correct")
+            key = str(p.get("model")), p["task"], settings, not p.get("correct")
             groups.setdefault(key, []).append(p)
     if not groups:
         raise UserError(f"{path}: no prediction of these tasks yet; `eval.py MODEL` writes them")

@@ -29,13 +29,14 @@ import signal
 import sys
 import threading
 import time
+import unicodedata
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t5 import EOS, PAD, T5, UserError, best_device, in_range, load_pretrained, pad_sequences
 from t5 import run_command
-from align import BYTES, char_to_token, transfer
+from align import BYTES, WORD_BOUNDARY, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, Problem, bbh_prompt, bbh_tasks, display_name
 from eval import evaluate_task, exact_match, load, math_demonstration, math_prompt, math_target
 from eval import number_text, parse_gold_answer, read_log, table
@@ -397,12 +398,16 @@ def parse_record(record, source):
         steps = [(check_type(token, str, "a token"), parse_distribution(token, top or {}))
                  for token, top in zip(tokens, tops)]
         is_split = any(BYTES.fullmatch(token) or "\ufffd" in token for token in tokens)
-        if not is_split and char_to_token(tokens)[0] != char_to_token([solution])[0]:
+        if not is_split and visible_text("".join(tokens)) != visible_text(solution):
             raise ValueError("the tokens do not spell the solution")
         visible = [i for i, token in enumerate(tokens) if token.strip()]
         steps = steps[visible[0] : visible[-1] + 1] if visible else None
     gold = parse_gold_answer(answer.rpartition("####")[2])
     return Record(Problem(question, gold, solution.strip()), steps, source)
+
+def visible_text(text):
+    """Return a text without whitespace, in the Unicode form that T5 uses."""
+    return "".join(unicodedata.normalize("NFKC", text.replace(WORD_BOUNDARY, " ")).split())
 
 def parse_distribution(token, top):
     """Turn {candidate: log-probability} into {candidate: probability}; check that they are."""

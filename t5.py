@@ -462,7 +462,7 @@ def read_weights(name_or_dir):
     if path.suffix == ".json":
         with names_file(path, "a complete index of shards"):
             shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-        paths = [model_file(name_or_dir, Path(shard).name) for shard in sorted(shards)]
+            paths = [model_file(name_or_dir, Path(shard).name) for shard in sorted(shards)]
     weights = {}
     for path in paths:
         with names_file(path, "a complete file of weights"):

@@ -277,7 +277,7 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_one(
     monkeypatch.setattr(sp, "check_finite", lambda losses, norm, *_: norms.append(norm.item()))
     for n in (1, 2, 8):
         flags = f"--gradient-accumulation-steps {n} --micro-batch-size 1 1 {8 // n} 1 --dropout 0"
-        train(tmp_path, False, pseudo_accuracy, f"--steps 1 {flags}", choose)
+        train(tmp_path / f"{n}", flags=f"--steps 1 {flags}", choose=choose)
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
