@@ -149,13 +149,22 @@ def chosen(name, by="validation ood"):
             for entries in checkpoints(name)]
 
 
+def named(label):
+    """Return a label with the sets' names, so that nobody takes them for the real ones."""
+    for task, dataset in DATASETS.items():
+        label = label.replace(task, f"toy-{dataset.name}")
+    return label.replace("ood", "out-of-distribution mean")
+
+
 def show(title, columns, rows):
     """Print a table of means ± standard errors. rows: [(label, [values per seed] per column)]."""
+    columns = [named(column) for column in columns]
+    size = max(20, *(len(column) + 2 for column in columns))
     width = max(len(label) for label, _ in rows)
-    print(f"\n{title}\n{'':{width}}" + "".join(f"{column:>20}" for column in columns))
+    print(f"\n{title}\n{'':{width}}" + "".join(f"{column:>{size}}" for column in columns))
     for label, cells in rows:
         texts = ["{:5.1f} ± {:3.1f}".format(*mean(cell)) for cell in cells]
-        print(f"{label:{width}}" + "".join(f"{text:>20}" for text in texts))
+        print(f"{label:{width}}" + "".join(f"{text:>{size}}" for text in texts))
 
 
 def draw(name, ylabel, curves):
@@ -170,7 +179,7 @@ def draw(name, ylabel, curves):
         return
     for label, points in curves.items():
         steps, means, errors = zip(*points)
-        axes.errorbar(steps, means, errors, marker=".", capsize=2, label=label)
+        axes.errorbar(steps, means, errors, marker=".", capsize=2, label=named(label))
     save_figure(figure, axes, FOLDER / f"{name}.png")
 
 
