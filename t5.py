@@ -166,7 +166,7 @@ class Stack(nn.Module):
         super().__init__()
         self.is_decoder = is_decoder
         self.max_distance = config.relative_attention_max_distance
-        self.relative_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.relative_bias = embedding(config.relative_attention_num_buckets, config.num_heads)
         layers = config.num_decoder_layers if is_decoder else config.num_layers
         self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(layers))
         self.final_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
@@ -216,6 +216,10 @@ def make_attention_bias(mask, bias):
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
     return bias.to(dtype).masked_fill(~mask, -3e4)
 
+def embedding(rows, width):
+    """Return an nn.Embedding without values; they come from init_weights or from a file."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
 # --- the model ---
 
 class T5(nn.Module):
@@ -224,13 +228,14 @@ class T5(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.shared = embedding(config.vocab_size, config.d_model)
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = Linear(config.d_model, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.shared.weight
-        self.init_weights()
+        if not self.shared.weight.is_meta:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
@@ -676,12 +681,15 @@ def pad_sequences(sequences, device="cpu"):
 # --- two faster layers for a CPU ---
 
 class Linear(nn.Linear):
-    """x W^T without a bias."""
+    """x W^T without a bias; W has no values before init_weights or loading."""
 
     packed_product = None  # a faster function of x, without gradients, set by packed_weights()
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self):
+        pass
 
     def forward(self, x):
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self.packed_product:
