@@ -177,8 +177,9 @@ def one_to_one(teacher, student, aligned):
     """Return the teacher token that each student token is one-to-one with: its index, or None.
 
     Two tokens are one-to-one if they write the same visible characters and no other aligned teacher
-    token writes any of them. Whitespace does not count: T5 merges a newline into the next token as
-    a space, and many teachers merge it into the token before, as in ".\\n"."""
+    token writes any of them. A newline does not count: T5 merges it into the next token as a space,
+    and many teachers merge it into the token before, as in ".\\n". A space counts if T5 made it a
+    token of its own: then " 24" belongs to both "▁" and "24"."""
     partners = []
     for piece, indices in zip(student, aligned):
         new_word = piece.startswith(WORD_BOUNDARY)
@@ -189,21 +190,20 @@ def one_to_one(teacher, student, aligned):
         found = None
         if len(visible) == 1 and word and word == normalize(teacher[visible[0]]).strip():
             found = visible[0]
-            # If T5 made the space a token of its own, then " 24" belongs to both "▁" and "24".
-            if (starts_word(teacher[found]) and not new_word) or found in partners[-1:]:
+            split_space = starts_word(teacher[found]) and not new_word
+            if split_space or found in partners[-1:]:  # or it has a partner, if the texts differ
                 found = None
         elif len(indices) == 1 and teacher[indices[0]] == piece:
             found = indices[0]  # a lone "▁", if the teacher's tokens are the student's pieces
         partners.append(found)
     return partners
 
-def transfer(steps, student, vocab, k=5, aligned=None):
+def transfer(steps, student, vocab, k=5):
     """Map the teacher's distributions onto the student's tokens: one target row per student token.
 
     steps: for each teacher token (token, {candidate: probability}); the dict may be empty.
     student: the student's tokens of the same text.
     vocab: the student's pieces in the order of their ids, or {piece: id}.
-    aligned: align(teacher, student), if the caller has it already.
 
     A one-to-one student token takes its partner's distribution. Each candidate goes to the student
     token that spells the same (see spelling), where probabilities add up; candidates without one
@@ -214,8 +214,7 @@ def transfer(steps, student, vocab, k=5, aligned=None):
     probability is outside [0, 1], rounding aside."""
     index = vocab if isinstance(vocab, dict) else {piece: i for i, piece in enumerate(vocab)}
     teacher = [token for token, _ in steps]
-    if aligned is None:
-        (aligned,) = align_batch([(teacher, student)])
+    aligned = align_batch([(teacher, student)])[0]
     ids = np.zeros((len(student), k), dtype=np.int32)
     probs = np.zeros((len(student), k), dtype=np.float32)
     for j, (piece, i) in enumerate(zip(student, one_to_one(teacher, student, aligned))):
@@ -242,7 +241,7 @@ def transfer(steps, student, vocab, k=5, aligned=None):
 @functools.lru_cache(maxsize=2**18)
 def spelling(candidate, add_space):
     """Spell a candidate as a student piece: " 24" is "▁24", and with add_space so is "24".
-    Whitespace around it is dropped; a single space is "▁", other whitespace "" (no piece)."""
+    Whitespace after it is dropped. A single space is "▁"; other whitespace is "" (no piece)."""
     word = normalize(candidate).strip().replace(" ", WORD_BOUNDARY)
     if not word:
         return WORD_BOUNDARY if candidate in (" ", WORD_BOUNDARY) else ""

@@ -120,37 +120,13 @@ DATASETS = {
 }
 GSM8K_TRAIN = "gsm8k/train.jsonl"
 GITHUB = os.environ.get("GITHUB_ENDPOINT", "https://raw.githubusercontent.com").rstrip("/")
-GRADE_SCHOOL_MATH = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
-SOURCES = {  # file: (repository at a commit, path there, SHA-256)
-    "gsm8k/train.jsonl": (
-        GRADE_SCHOOL_MATH, "grade_school_math/data/train.jsonl",
-        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-    "gsm8k/test.jsonl": (
-        GRADE_SCHOOL_MATH, "grade_school_math/data/test.jsonl",
-        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-    "multiarith/MultiArith.json": (
-        "kojima-takeshi188/zero_shot_cot/5ef330fcdeec0cd26aee27943504f91f8ec1c33c",
-        "dataset/MultiArith/MultiArith.json",
-        "dc9db1b6cc68b1ecc2dec830d15aaf8c9a0932aa31d5ffce88ef3628179d36f4"),
-    "asdiv/ASDiv.xml": (
-        "chaochun/nlu-asdiv-dataset/883f90a9a65bf00304ba8f37423910fe743abc47", "dataset/ASDiv.xml",
-        "ef8904068482919ac48c8eeaaf6df344b8a308ba66d048c2d4d87eab82dc4929"),
-    "svamp/SVAMP.json": (
-        "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53", "SVAMP.json",
-        "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e"),
-}
-BBH_SOURCE = "suzgunmirac/BIG-Bench-Hard/9ee07bd481feebf959a6b59d61ea57bdcf30964d"
-BBH_TASKS = """boolean_expressions causal_judgement date_understanding disambiguation_qa
-    dyck_languages formal_fallacies geometric_shapes hyperbaton logical_deduction_five_objects
-    logical_deduction_seven_objects logical_deduction_three_objects movie_recommendation
-    multistep_arithmetic_two navigate object_counting penguins_in_a_table
-    reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks
-    sports_understanding temporal_sequences tracking_shuffled_objects_five_objects
-    tracking_shuffled_objects_seven_objects tracking_shuffled_objects_three_objects web_of_lies
-    word_sorting""".split()
+# Where the problem sets are published, {file: [repository at a commit, path there, SHA-256]}, and
+# the names of BBH's 27 tasks.
+PUBLISHED = json.loads((TOY.parent / "sources.json").read_text(encoding="utf-8"))
+SOURCES, BBH_SOURCE, BBH_TASKS = (PUBLISHED[key] for key in ("files", "bbh", "bbh_tasks"))
 
 def bbh_tasks(folder):
-    """Return the 27 tasks, or the tasks in the data folder if it contains any other."""
+    """Return BBH's tasks, or those in the data folder if it has others, as the toy's has."""
     found = {path.stem for path in Path(folder).glob("bbh/bbh/[!.]*.json")}
     return sorted(found) if found - set(BBH_TASKS) else BBH_TASKS
 
@@ -181,8 +157,9 @@ def load(task, split="test", folder=DEFAULT_DATA):
     if task not in DATASETS and task not in bbh_tasks(folder):
         known = ", ".join([*DATASETS, *bbh_tasks(folder)])
         raise UserError(f"no task {task!r}; choose from {known}")
-    parts = ("validation", "test", "all") if task in DATASETS else ("test", "all")
-    parts += ("train",) if task == "gsm8k" else ()
+    parts = ["validation", "test", "all"] if task in DATASETS else ["test", "all"]
+    if task == "gsm8k":
+        parts.append("train")
     if split not in parts:
         raise UserError(f"{task} has no {split!r} part; choose from {', '.join(parts)}")
     if task not in DATASETS:
@@ -442,8 +419,11 @@ def calculator(tokenizer):
     def value_ids(ids):
         text = tokenizer.decode(ids)
         value = None if UNK in ids else compute(text)  # <unk> may be an operator
-        glue = "" if text.endswith(" =") else "="  # after "=" alone, no space: its piece is dropped
-        return tokenizer.encode(glue + value)[len(glue) : -1] if value else []
+        if not value:
+            return []
+        if text.endswith(" ="):
+            return tokenizer.encode(value)[:-1]  # "▁24", without </s>
+        return tokenizer.encode("=" + value)[1:-1]  # "24": no space after "=" alone
 
     def process(rows, logits):  # (B, t), (B, V) -> (B, V)
         for row, ids in enumerate(rows.tolist()):
@@ -691,7 +671,7 @@ def weights_hash(model):
     return hashlib.sha256(b"".join(few)).hexdigest()[:16]
 
 def main():
-    """Print the accuracies of models on tasks; or show predictions, or plot a run's log."""
+    """Print, and plot, the accuracies of models on tasks; or show predictions; or plot a log."""
     args = parse_arguments()
     if args.show is not None:
         for path in args.models:

@@ -165,7 +165,7 @@ def make_batches(examples, pool, encode, micro_batch_sizes, seed, epoch):
     A micro-batch holds micro_batch_sizes[format] examples of one format. To limit padding, the
     shuffled examples are sorted by target length within windows of 64 micro-batches (targets cost
     most: their logits are (B, T, V)), then by total length within windows of 8.
-    pool: the problems that demonstrations are drawn from, except the question itself."""
+    pool: GSM8K's training problems, which demonstrations are drawn from."""
     rng = random.Random(f"{seed}, {epoch}")
 
     def demonstrations(example):
@@ -291,7 +291,7 @@ def get_lr(step, steps, peak, warmup):
 def train(model, tokenizer, examples, pool, args, run, measure=None):
     """Train a model, save and evaluate checkpoints, and return the best one's log entry.
 
-    pool: the problems that demonstrations are drawn from.
+    pool: the problems that demonstrations are drawn from (GSM8K's training set).
     run: the folder of log and checkpoints; args.resume continues from its last checkpoint, bit for
     bit.
     measure: another function than validate to evaluate a checkpoint; it must return at least what
@@ -551,12 +551,12 @@ class TrainingLog:
 
     def add_step(self, step, lr):
         """Report an optimizer step if it is due."""
+        now = time.time()
+        self.seconds, self.since = self.seconds + now - self.since, now
         if step % self.args.log_every and step != self.steps:
             return
         means = {name: torch.stack(x).mean().item() for name, x in sorted(self.losses.items())}
         self.losses = {}
-        now = time.time()
-        self.seconds, self.since = self.seconds + now - self.since, now
         speed = round(self.tokens / self.seconds)
         minutes = self.seconds / (step - self.start) * (self.steps - step) / 60
         losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
@@ -708,10 +708,10 @@ def parse_arguments(arguments=None):
     add("--resume", action="store_true", help="continue the run with the same arguments")
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="data formats to mix")
     add("--loss", choices=LOSSES, default="kl", help="loss for chains of thought (default: kl)")
-    add("--epochs", type=positive, help="passes over the examples (default: 10)")
-    add("--steps", type=positive, help="maximum number of optimizer steps")
+    add("--epochs", type=positive, help="passes over the examples (default: 10; toy: 1)")
+    add("--steps", type=positive, help="maximum of optimizer steps (default: none; toy: 800)")
     add("--optimizer", choices=["adamw", "adafactor"], help="default: adamw; xxl: adafactor")
-    add("--learning-rate", type=in_range(float, above=0), help="peak learning rate (default: 5e-4)")
+    add("--learning-rate", type=in_range(float, above=0), help="peak (default: 5e-4; toy: 2e-3)")
     add("--micro-batch-size", type=positive, nargs=4, metavar="N", help="examples in each format")
     add("--gradient-accumulation-steps", type=positive, help="micro-batches per optimizer step")
     add("--warmup", type=in_range(int), default=10, help="warm-up steps (default: 10)")
@@ -721,11 +721,12 @@ def parse_arguments(arguments=None):
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
         help="less memory for a third more time (default: xxl only)")
     add("--checkpoint-every", type=positive, help="optimizer steps between evaluated checkpoints")
-    add("--validation-limit", type=positive, help="problems per set at a checkpoint (default: all)")
+    add("--validation-limit", type=positive, help="problems per set at a checkpoint (default: all; "
+        "toy: 100)")
     add("--test-limit", type=positive, help="problems per task in the last table (default: all)")
     add("--skip-bbh", action="store_true", help="leave BIG-Bench Hard out of the last table")
     add("--eval-batch-size", type=positive, default=64, help="problems per batch (default: 64)")
-    add("--max-new-tokens", type=positive, help="longest output in evaluations (default: 256)")
+    add("--max-new-tokens", type=positive, help="longest output (default: 256; toy: 64)")
     add("--log-every", type=positive, default=10, help="steps between progress lines (default: 10)")
     add("--seed", type=int, default=0, help="default: 0")
     add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest one; toy: cpu")

@@ -3,8 +3,8 @@
 It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (gated GELU: Shazeer, 2020, arXiv
 2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416), and must agree with
 `transformers.T5ForConditionalGeneration`: the tests compare logits, gradients and generated tokens.
-A first reader can stop at "files and downloads"; what follows is engineering. Linear and Dropout are
-PyTorch's, but for what a CPU can do faster: see "two faster layers".
+A first reader can stop at "files and downloads"; what follows is engineering. Linear and Dropout
+are PyTorch's, only faster on a CPU: see "two faster layers".
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.
@@ -49,7 +49,7 @@ class UserError(Exception):
 class T5Config:
     """The shape of a model, in the names of config.json. The defaults are t5-small's.
 
-    T5 1.0 ties the output head to the embedding, whose entries are near 1, and therefore scales the
+    T5 1.0 ties the output head to the embedding, whose standard deviation is 1, and so scales the
     decoder's output by d_model**-0.5 before it. T5 1.1 and FlanT5 do neither."""
 
     vocab_size: int = 32128
@@ -118,15 +118,15 @@ class Attention(nn.Module):
 
         bias: (B or 1, H or 1, n or 1, m), added to the attention logits.
         memory_kv: in cross-attention, project_kv() of the encoder's output.
-        kv_cache: in decoding, when n is 1, a pair: the keys and values so far (2, B, H, T, K), and t,
-        the position of x, where its own are stored."""
+        kv_cache: in decoding, when n is 1: the keys and values so far (2, B, H, T, K) and t, the
+        position of x, where its own are stored."""
         q = self.split_heads(self.q(x))
         k, v = self.project_kv(x) if memory_kv is None else memory_kv
         if kv_cache is not None:
             stored, t = kv_cache
             stored[:, :, :, t] = torch.stack([k[:, :, 0], v[:, :, 0]])  # (2, B, H, K)
             k, v = stored[:, :, :, : t + 1]
-        if self.training and x.is_cpu:  # as the function below, minus its scaling: faster on a CPU
+        if self.training and x.is_cpu:  # faster there than PyTorch's function
             weights = (q @ k.transpose(-1, -2)).add_(bias).softmax(-1)  # (B, H, n, m)
             x = self.dropout(weights) @ v
         else:
@@ -177,9 +177,9 @@ class Stack(nn.Module):
         """Return the bias (1, H, n, m) for positions (n,) and (m,): one learned scalar per head and
         bucket of distances.
 
-        Of the decoder's 32 buckets, 16 are for the distances 0 to 15, and 16 for ranges up to 128
-        whose width grows logarithmically: 16 to 18, 19 to 20, .., from 113 on. The encoder looks
-        both ways: it has 16 buckets to the left, and 16 to the right."""
+        Of the decoder's 32 buckets, 16 are for the distances 0 to 15, the others for ranges of
+        growing width: 16 to 18, .., 99 to 112, from 113 on. The encoder looks both ways, so it has
+        16 buckets to the left and 16 to the right."""
         distance = key_position[None, :] - query_position[:, None]  # (n, m)
         buckets = self.relative_bias.num_embeddings
         first = 0  # of the buckets for the key's side
@@ -279,8 +279,8 @@ class T5(nn.Module):
         input_ids, attention_mask: (B, S); by default everything but padding is visible.
         top_k: sample from the k most probable tokens only (0: from all), with generator, a
         torch.Generator on the model's device.
-        logits_processor: a function (ids so far (B, t), logits (B, V)) -> logits (B, V); it sees the
-        rows that are not finished, in any order.
+        logits_processor: a function (ids so far (B, t), logits (B, V)) -> logits (B, V), called
+        with the unfinished rows in any order.
         Return (B * num_samples, <= max_new_tokens) ids without the start token, padded with 0 after
         </s>; samples of the same prompt are adjacent."""
         was_training = self.training
@@ -300,7 +300,7 @@ class T5(nn.Module):
         output = input_ids.new_full((B, max_new_tokens), PAD)
         rows = torch.arange(B, device=output.device)  # the output row of each batch element
         token = output.new_full((B,), PAD)
-        with torch.inference_mode():  # faster than no_grad; its tensors may not leave this method
+        with torch.inference_mode():  # faster than no_grad, but autograd refuses what it creates
             for t in range(max_new_tokens):
                 x = self.shared(token[:, None])  # (B, 1, D)
                 step_bias = bias[..., max_new_tokens - 1 - t :]  # (1, H, 1, t + 1)
@@ -324,7 +324,7 @@ class T5(nn.Module):
 
     def encode_source(self, input_ids, attention_mask):
         """Return the keys and values of a source for all decoder blocks (L, 2, B, H, S, K) and the
-        bias (B, 1, 1, S). On the CPU, chunks of about 2,048 tokens reuse the same buffers."""
+        bias (B, 1, 1, S). A CPU is faster in chunks of about 2,048 tokens, which fit its cache."""
         B, S = input_ids.shape
         blocks = self.decoder.blocks
         mask = attention_mask.bool()[:, None, None, :]
@@ -349,9 +349,9 @@ class T5(nn.Module):
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, dropout_rate=None):
         """Load a folder in Hugging Face format, or a name on the hub, in eval mode.
 
-        dropout_rate overrides config.json's, and is saved with the model. On the CPU, weights that
-        need no conversion are memory-mapped, so do not change the file in place while in use.
-        Raises UserError naming the file and what is wrong with it."""
+        dropout_rate overrides config.json's, and is saved with the model. On the CPU, safetensors
+        that need no conversion are memory-mapped, so do not change the file in place while in use.
+        Raises UserError naming the file or folder, and what is wrong with it."""
         config, stored = read_config(name_or_dir), read_weights(name_or_dir)
         config.dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
         # Some files hold copies of the embedding, and a bias that no T5 uses.
@@ -418,7 +418,8 @@ def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
 # --- files and downloads: config.json, tensor names, weights ---
 
 # Settings that are the same in every T5, and Hugging Face's names for the parts named here.
-FIXED = {"model_type": "t5", "pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
+FIXED = {"model_type": "t5", "pad_token_id": PAD, "eos_token_id": EOS,
+         "decoder_start_token_id": PAD}
 HF_NAMES = {
     "blocks": "block", "final_norm": "final_layer_norm",
     "self_norm": "layer.0.layer_norm", "self_attention": "layer.0.SelfAttention",
@@ -496,8 +497,8 @@ def read_safetensors(path):
         part = data[first + start : first + end]
         if (first + start) % dtype.itemsize:  # a view must start at a multiple of its item size
             part = part.clone()
-        view = part.view(dtype).view(entry["shape"])
-        tensors[name] = view.data  # autograd would take views of one file for one tensor
+        # Without .data, autograd would take a change of one tensor for a change of all.
+        tensors[name] = part.view(dtype).view(entry["shape"]).data
     return tensors
 
 def write_safetensors(tensors, path):
@@ -767,7 +768,8 @@ def main():
     add = parser.add_argument
     add("model", help="folder or hub name such as google/flan-t5-small")
     add("text", help="input, such as 'Q: What is 2 + 3? A:'")
-    add("--device", choices=sorted({"cpu", best_device()}), default=best_device(), help="where to run")
+    devices = sorted({"cpu", best_device()})
+    add("--device", choices=devices, default=best_device(), help="where to run")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     add("--max-new-tokens", type=in_range(int, above=0), default=256, help="longest output")
     add("--temperature", type=in_range(float), default=0.0, help="0 decodes greedily")
