@@ -1,7 +1,7 @@
 """Specialize a small language model towards multi-step reasoning (Fu et al., ICML 2023).
 
 Data flow in one direction: teacher record -> alignment -> training example -> batch -> loss ->
-checkpoint -> accuracy. The method comes first, in this order. What follows from "checking teacher
+checkpoint -> accuracy. The method comes first, in this order. What follows from "reading teacher
 records" on makes runs safe and convenient. The model is in t5.py, the alignment in align.py,
 problems and accuracies in eval.py.
 
@@ -54,31 +54,11 @@ class Record:
     problem: the question, its gold answer, and the teacher's solution.
     steps: a list with (token, {candidate: probability}) per token of the solution, or None if the
     teacher reported no probabilities.
-    source: the file and line it comes from, for messages."""
+    source: the file and line it comes from, for messages. read_teacher() yields Records."""
 
     problem: Problem
     steps: list | None
     source: str
-
-def read_teacher(path):
-    """Yield the Records of a .jsonl or .jsonl.gz file, one solution per line (see data/README.md).
-
-    Raises UserError naming file and line."""
-    path, number = Path(path), 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            while line := file.readline(MAX_LINE):
-                number += 1
-                yield parse_record(json.loads(line.decode("utf-8")), f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:
-        fault = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}, after line {number}: {fault}; is the file complete?") from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        fault = f"no key {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}, line {number}: not a teacher record ({fault}); fix the line or "
-                        "delete it (data/README.md describes the format)") from None
-    if not number:
-        raise UserError(f"{path}: no teacher record; write some with data/sample_teacher.py")
 
 # --- training examples in four formats ---
 
@@ -374,11 +354,31 @@ def best_checkpoint(evaluations):
     """Return the log entry of the best checkpoint; ties go to the latest step."""
     return max(evaluations.values(), key=lambda entry: (ood_accuracy(entry), entry["step"]))
 
-# --- from here on, what makes runs safe and convenient: checking teacher records ---
+# --- from here on, what makes runs safe and convenient: reading teacher records ---
 
 # Bytes per line, characters per text and tokens per solution: far more than real ones have.
 MAX_LINE, MAX_TEXT, MAX_TOKENS = 2**24, 2**15, 2**12
 ROUNDING = 0.001  # reported probabilities may exceed their limits by this much
+
+def read_teacher(path):
+    """Yield the Records of a .jsonl or .jsonl.gz file, one solution per line (see data/README.md).
+
+    Raises UserError naming file and line."""
+    path, number = Path(path), 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            while line := file.readline(MAX_LINE):
+                number += 1
+                yield parse_record(json.loads(line.decode("utf-8")), f"{path}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        fault = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}, after line {number}: {fault}; is the file complete?") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        fault = f"no key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}, line {number}: not a teacher record ({fault}); fix the line or "
+                        "delete it (data/README.md describes the format)") from None
+    if not number:
+        raise UserError(f"{path}: no teacher record; write some with data/sample_teacher.py")
 
 def parse_record(record, source):
     """Check one line of a teacher file; return it as a Record. Raises KeyError, TypeError,
