@@ -146,7 +146,7 @@ def test_findings_average_over_seeds_and_select_by_the_stated_set(logs, capsys):
     assert {entry["step"] for entry in findings.chosen("mixed", "generic CoT")} == {20}  # a tie
     findings.finding_6()
     assert capsys.readouterr().out.split() == (
-        "Finding 6: the selection of the checkpoint test gsm8k test ood "
+        "Finding 6: the selection of the checkpoint test toy-GSM8K test out-of-distribution mean "
         "selected in distribution 30.0 ± 5.8 18.3 ± 5.8 "
         "selected out of distribution 20.0 ± 5.8 20.0 ± 5.8"
     ).split()
