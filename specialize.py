@@ -397,7 +397,7 @@ def parse_record(record, source):
             raise ValueError(f"{len(tokens):,} tokens but {len(tops):,} top_logprobs, or too many")
         steps = [(check_type(token, str, "a token"), parse_distribution(token, top or {}))
                  for token, top in zip(tokens, tops)]
-        is_split = any(BYTES.fullmatch(token) or "\ufffd" in token for token in tokens)
+        is_split = any(BYTES.fullmatch(text) or "\ufffd" in text for text in [*tokens, solution])
         if not is_split and visible_text("".join(tokens)) != visible_text(solution):
             raise ValueError("the tokens do not spell the solution")
         visible = [i for i, token in enumerate(tokens) if token.strip()]
