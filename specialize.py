@@ -268,20 +268,22 @@ def get_lr(step, steps, peak, warmup):
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return peak * cosine * min(1.0, (step + 1) / max(1, warmup))
 
+def steps_per_epoch(examples, sizes, accumulation):
+    """Count an epoch's optimizer steps; each micro-batch holds examples of one format."""
+    per_format = collections.Counter(example.format for example in examples)
+    micro_batches = sum(math.ceil(n / sizes[name]) for name, n in per_format.items())
+    return math.ceil(micro_batches / accumulation)
+
 def train(model, tokenizer, examples, pool, args, run, measure=None):
     """Train a model, save and evaluate checkpoints, and return the best one's log entry.
 
     pool: the problems that demonstrations are drawn from (GSM8K's training set).
-    run: the folder of log and checkpoints; args.resume continues from its last checkpoint, bit for
-    bit.
-    measure: another function than validate to evaluate a checkpoint; it must return at least what
-    validate returns.
+    run: the folder of log and checkpoints; args.resume continues from the last, bit for bit.
+    measure: a function in place of validate, whose result contains at least what validate's does.
     Raises UserError if a loss or gradient is not finite, KeyboardInterrupt after Ctrl-C."""
     encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
     sizes = dict(zip(FORMATS, args.micro_batch_size))
-    per_format = collections.Counter(example.format for example in examples)
-    micro_batches = sum(math.ceil(n / sizes[name]) for name, n in per_format.items())
-    per_epoch = math.ceil(micro_batches / args.gradient_accumulation_steps)
+    per_epoch = steps_per_epoch(examples, sizes, args.gradient_accumulation_steps)
     steps = min(per_epoch * args.epochs, args.steps or math.inf)
 
     optimizer = make_optimizer(model.parameters(), args.optimizer, args.weight_decay)
