@@ -556,40 +556,92 @@ def show_cases(path, count, tasks):
 # --- plots ---
 
 def log_linear_fit(parameters, accuracies):
-    """Fit accuracy = intercept + slope * log10(parameters); return (slope, intercept)."""
-    slope, intercept = np.polyfit(np.log10(parameters), accuracies, 1)
-    return float(slope), float(intercept)
+    """Fit accuracy = intercept + slope * log10(parameters) by least squares; return the slope, its
+    standard error (NaN for two points) and the intercept."""
+    x, y = np.log10(parameters), np.array(accuracies)
+    slope, intercept = np.polyfit(x, y, 1)
+    residuals = y - intercept - slope * x
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = np.square(residuals).sum() / np.float64(len(x) - 2)
+    return slope, np.sqrt(variance / np.square(x - x.mean()).sum()), intercept
 
 def scaling_plot(path, points):
     """Plot accuracy against model size, with the log-linear fit.
 
-    points: {task: [(parameters, accuracy, standard error) per model]}, at least two sizes."""
+    points: {label: [(parameters, accuracy in percent, standard error)]}, at least two sizes."""
     if any(len({size for size, _, _ in models}) < 2 for models in points.values()):
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
     figure, axes = new_figure("parameters", "accuracy (%)")
-    for task, models in points.items():
+    ends = []
+    for label, models in points.items():
         sizes, accuracies, stderrs = (np.array(column) for column in zip(*sorted(models)))
-        slope, intercept = log_linear_fit(sizes, 100 * accuracies)
-        label = f"{task}: {slope:+.1f} points per factor of 10"
-        style = dict(fmt="o", capsize=3, label=label)
-        dots, *_ = axes.errorbar(sizes, 100 * accuracies, 100 * stderrs, **style)
-        axes.plot(sizes, intercept + slope * np.log10(sizes), "--", color=dots.get_color())
+        slope, error, intercept = log_linear_fit(sizes, accuracies)
+        dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3)
+        fit = intercept + slope * np.log10(sizes)
+        axes.plot(sizes, fit, "--", color=dots.get_color())
+        error = "" if math.isnan(error) else f" ± {error:.0f}"
+        label = f"{label}\n{slope:+.0f}{error} per factor 10"
+        ends.append((sizes[-1], fit[-1], label, dots.get_color()))
     axes.set_xscale("log")
-    save_figure(figure, axes, path)
+    label_ends(axes, ends, lines=2)
+    save_figure(figure, path)
 
-def trade_off_plot(path, log):
-    """Plot the validation accuracies in a run's log.jsonl against training steps."""
-    curves = {}
-    for entry in read_log(log):
-        for task, (accuracy, stderr) in entry.get("validation", {}).items():
-            curves.setdefault(task, []).append((entry["step"], 100 * accuracy, 100 * stderr))
+def curves_plot(path, curves, ylabel="accuracy (%)", mark=None):
+    """Plot curves over training steps: {label: [(step, mean, standard error)]}.
+    mark: a step to mark with a vertical line, the selected checkpoint's."""
+    figure, axes = new_figure("optimizer step", ylabel)
+    ends = []
+    for label, points in curves.items():
+        steps, means, errors = zip(*points)
+        line, *_ = axes.errorbar(steps, means, errors, marker=".", capsize=2)
+        ends.append((steps[-1], means[-1], label, line.get_color()))
+    if mark is not None:
+        axes.axvline(mark, color="gray", linestyle=":")
+        axes.annotate("selected", (mark, 1), xycoords=("data", "axes fraction"), ha="right",
+                      va="bottom", color="gray")
+    label_ends(axes, ends)
+    save_figure(figure, path)
+
+def label_ends(axes, ends, lines=1):
+    """Write each curve's label at its end, (x, y, label, color), moved up where two would meet."""
+    low, high = axes.get_ylim()
+    free = -math.inf  # the height from which on there is room
+    for x, y, label, color in sorted(ends):
+        free = max(y, free)
+        axes.annotate(label, (x, free), (6, 0), textcoords="offset points", va="center",
+                      color=color, annotation_clip=False)
+        free += 0.075 * lines * (high - low)
+
+def trade_off_plot(path, logs):
+    """Plot the accuracies in logs of runs against training steps: the math validation sets, and
+    BIG-Bench Hard if --bbh-limit measured it. With one log, mark the selected checkpoint."""
+    curves, selected = {}, None
+    for log in map(Path, logs):
+        arguments = read_object(log.with_name("arguments.json"))
+        selected = read_object(log.with_name("results.json")).get("selected", {}).get("step")
+        prefix = f"{log.parent.name}, " if len(logs) > 1 else ""
+        for label, points in log_curves(read_log(log), arguments.get("data", "")).items():
+            curves[prefix + label] = points
     if not curves:
-        raise UserError(f"{log}: no validation yet; wait for the first checkpoint")
-    figure, axes = new_figure("optimizer step", "validation accuracy (%)")
-    for task, points in curves.items():
-        steps, accuracies, stderrs = zip(*points)
-        axes.errorbar(steps, accuracies, stderrs, fmt="o-", capsize=3, label=task)
-    save_figure(figure, axes, path)
+        raise UserError(f"{logs[0]}: no validation yet; wait for the first checkpoint")
+    curves_plot(path, curves, mark=selected if len(logs) == 1 else None)
+
+def log_curves(entries, data):
+    """Return the accuracies in a log as {label: [(step, percent, standard error)]}."""
+    curves = {}
+    for entry in entries:
+        measured = {display_name(task, data): value
+                    for task, value in entry.get("validation", {}).items()}
+        measured |= {display_name("bbh", data, prompting == "CoT"): value
+                     for prompting, value in entry.get("bbh", {}).items()}
+        for label, (accuracy, stderr) in measured.items():
+            point = entry["step"], 100 * accuracy, 100 * stderr
+            curves.setdefault(label, []).append(point)
+    return curves
+
+def read_object(path):
+    """Return the JSON object in a file, or {} if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 def read_log(path):
     """Read a run's log.jsonl as a list of dicts, without a last line that was cut short."""
@@ -613,15 +665,15 @@ def new_figure(xlabel, ylabel):
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib; run: pip install matplotlib") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
-def save_figure(figure, axes, path):
+def save_figure(figure, path):
     """Write a figure in the format of the file's extension."""
-    axes.legend()
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
@@ -656,7 +708,7 @@ def parse_arguments():
     add("--show", type=in_range(int), metavar="N", help="show N right and N wrong predictions per "
         "task of the files given as MODEL, and exit")
     add("--plot", type=Path, metavar="PICTURE", help="plot accuracy against model size, or the "
-        "validation accuracies of one log.jsonl, given as MODEL")
+        "accuracies in the log.jsonl of runs, given as MODEL")
     add("--device", choices=sorted({"cpu", best_device()}), default=best_device(),
         help="where to run (default here: %(default)s)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"],
@@ -678,7 +730,7 @@ def main():
             print(*show_cases(path, args.show, args.tasks), sep="\n")
         return
     if args.plot and args.models[0].endswith(".jsonl"):
-        return trade_off_plot(args.plot, args.models[0])
+        return trade_off_plot(args.plot, args.models)
     args.tasks = args.tasks or list(DATASETS)
     known = [*DATASETS, "bbh", *bbh_tasks(args.data)]
     if unknown := [task for task in args.tasks if task not in known]:
@@ -702,7 +754,7 @@ def main():
             for task in args.tasks]
         size = sum(parameter.numel() for parameter in model.parameters())
         for task, e in zip(args.tasks, models[name]):
-            points[task].append((size, e.accuracy, e.stderr))
+            points[task].append((size, 100 * e.accuracy, 100 * e.stderr))
     print(compare([display_name(task, args.data, args.cot) for task in args.tasks], models))
     if args.plot:
         scaling_plot(args.plot, points)

@@ -262,11 +262,11 @@ def batch_loss(model, batch, loss):
 
 # --- the loop ---
 
-def get_lr(step, steps, peak, warmup):
-    """Return the learning rate of step 0, 1, .. steps - 1: half a cosine towards 0, times a linear
-    warm-up."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return peak * cosine * min(1.0, (step + 1) / max(1, warmup))
+def get_lr(step, steps, peak, warmup, schedule="cosine"):
+    """Return the learning rate of step 0, 1, .. steps - 1: half a cosine towards 0, or constant,
+    times a linear warm-up."""
+    decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if schedule == "cosine" else 1.0
+    return peak * decay * min(1.0, (step + 1) / max(1, warmup))
 
 def steps_per_epoch(examples, sizes, accumulation):
     """Count an epoch's optimizer steps; each micro-batch holds examples of one format."""
@@ -294,8 +294,8 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     log = TrainingLog(run / "log.jsonl", start, steps, args)
     with stop_after_step() as stop:
         while True:
-            # Evaluate the checkpoint of this step, if the last pass saved one.
-            due = step > 0 and (step % args.checkpoint_every == 0 or step == steps)
+            # Evaluate the start, or the checkpoint that the last pass saved.
+            due = step % args.checkpoint_every == 0 or step == steps
             if due and step not in log.evaluations and not stop.is_set():
                 log.add_evaluation({"step": step} | (measure or validate)(model, tokenizer, args))
             if stop.is_set():
@@ -310,7 +310,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
             n = args.gradient_accumulation_steps
             micro_batches = batches[position * n : (position + 1) * n]
             model.train()
-            lr = get_lr(step, steps, args.learning_rate, args.warmup)
+            lr = get_lr(step, steps, args.learning_rate, args.warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
@@ -333,18 +333,27 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
             log.add_step(step, lr)
             if stop.is_set() or step % args.checkpoint_every == 0 or step == steps:
                 save_checkpoint(run, step, model, optimizer, tokenizer)
-                best = [best_checkpoint(log.evaluations)["step"]] if log.evaluations else []
-                prune_checkpoints(run, keep=[step, *best])
+                best = best_checkpoint(log.evaluations)
+                if not args.keep_checkpoints:
+                    prune_checkpoints(run, keep=[step, best["step"] if best else step])
 
 # --- model selection ---
 
 def validate(model, tokenizer, args):
-    """Evaluate zero-shot chain of thought: {"validation": {math set: [accuracy, stderr]}}."""
-    result = {}
-    for task in [task for task, dataset in DATASETS.items() if dataset.validate]:
-        e = evaluate_with(args, model, tokenizer, task, True, "validation", args.validation_limit)
-        result[task] = [round(e.accuracy, 5), round(e.stderr, 5)]
-    return {"validation": result}
+    """Evaluate a checkpoint: {"validation": {math set: [accuracy, stderr]}} by zero-shot chain of
+    thought, and with --bbh-limit also {"bbh": {"CoT": the same, "answer-only": the same}}."""
+
+    def accuracy(task, cot, split, limit):
+        e = evaluate_with(args, model, tokenizer, task, cot, split, limit)
+        return [round(e.accuracy, 5), round(e.stderr, 5)]
+
+    result = {"validation": {
+        task: accuracy(task, True, "validation", args.validation_limit)
+        for task, dataset in DATASETS.items() if dataset.validate}}
+    if args.bbh_limit:
+        result["bbh"] = {"CoT": accuracy("bbh", True, "test", args.bbh_limit),
+                         "answer-only": accuracy("bbh", False, "test", args.bbh_limit)}
+    return result
 
 def ood_accuracy(entry):
     """Return the mean accuracy on the out-of-distribution sets, by which a checkpoint is selected
@@ -353,8 +362,9 @@ def ood_accuracy(entry):
     return sum(entry["validation"][task][0] for task in chosen) / len(chosen)
 
 def best_checkpoint(evaluations):
-    """Return the log entry of the best checkpoint; ties go to the latest step."""
-    return max(evaluations.values(), key=lambda entry: (ood_accuracy(entry), entry["step"]))
+    """Return the log entry of the best checkpoint, the start aside; ties go to the latest step."""
+    trained = [entry for entry in evaluations.values() if entry["step"] > 0]
+    return max(trained, key=lambda entry: (ood_accuracy(entry), entry["step"]), default=None)
 
 # --- from here on, what makes runs safe and convenient: reading teacher records ---
 
@@ -571,9 +581,9 @@ class TrainingLog:
         self.evaluations[entry["step"]] = entry
         self.write(entry)
         self.since = time.time()
-        best = best_checkpoint(self.evaluations)["step"]
-        metrics = format_metrics(entry, self.args.data)
-        print(f"  validation: {metrics}; best so far: step {best}", flush=True)
+        best = best_checkpoint(self.evaluations)
+        best = f"; best so far: step {best['step']}" if best else ""
+        print(f"  validation: {format_metrics(entry, self.args.data)}{best}", flush=True)
 
     def write(self, entry):
         """Append a line to the log."""
@@ -584,7 +594,10 @@ def format_metrics(entry, data):
     """Format the validation accuracies of a log entry."""
     sets = [f"{display_name(task, data)} {100 * accuracy:.1f}"
             for task, (accuracy, _) in entry["validation"].items()]
-    return "  ".join([*sets, f"out-of-distribution mean {100 * ood_accuracy(entry):.1f}"])
+    sets.append(f"out-of-distribution mean {100 * ood_accuracy(entry):.1f}")
+    sets += [f"{display_name('bbh', data, prompting == 'CoT')} {100 * accuracy:.1f}"
+             for prompting, (accuracy, _) in entry.get("bbh", {}).items()]
+    return "  ".join(sets)
 
 @contextlib.contextmanager
 def stop_after_step():
@@ -675,10 +688,10 @@ def random_module(device):
 # per optimizer step, and optimizer steps between checkpoints. They give none for small, which uses
 # base's. "toy" is this project's own; xxl's optimizer and precision are chosen for one 80 GB GPU.
 SIZES = {
-    "toy": dict(model=TOY / "student", data=TOY, teacher=TOY / "teacher.jsonl.gz",
-                micro_batch_size=(8, 8, 32, 32), gradient_accumulation_steps=1, epochs=1, steps=800,
-                learning_rate=2e-3, checkpoint_every=100, validation_limit=100, max_new_tokens=64,
-                device="cpu", threads=2),
+    "toy": dict(model=TOY / "tuned-1M", data=TOY, teacher=TOY / "teacher.jsonl.gz",
+                micro_batch_size=(8, 8, 32, 32), gradient_accumulation_steps=1, epochs=1, steps=600,
+                learning_rate=1e-3, checkpoint_every=100, validation_limit=60, bbh_limit=25,
+                max_new_tokens=64, device="cpu", threads=2),
     "small": dict(model="google/flan-t5-small", micro_batch_size=(25, 35, 40, 60),
                   gradient_accumulation_steps=3, checkpoint_every=333),
     "base": dict(model="google/flan-t5-base", micro_batch_size=(25, 35, 40, 60),
@@ -691,7 +704,7 @@ SIZES = {
                 gradient_accumulation_steps=20, checkpoint_every=150, optimizer="adafactor",
                 precision="bf16-weights", gradient_checkpointing=True),
 }
-DEFAULTS = dict(data=DEFAULT_DATA, epochs=10, learning_rate=5e-4, max_new_tokens=256,
+DEFAULTS = dict(data=DEFAULT_DATA, bbh_limit=0, epochs=10, learning_rate=5e-4, max_new_tokens=256,
                 optimizer="adamw", gradient_checkpointing=False, device=best_device(),
                 threads=torch.get_num_threads())
 
@@ -716,6 +729,8 @@ def parse_arguments(arguments=None):
     add("--learning-rate", type=in_range(float, above=0), help="peak (default: 5e-4; toy: 2e-3)")
     add("--micro-batch-size", type=positive, nargs=4, metavar="N", help="examples in each format")
     add("--gradient-accumulation-steps", type=positive, help="micro-batches per optimizer step")
+    add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the learning rate "
+        "(default: cosine, to 0)")
     add("--warmup", type=in_range(int), default=10, help="warm-up steps (default: 10)")
     add("--weight-decay", type=in_range(float), default=0.01, help="default: 0.01")
     add("--max-grad-norm", type=in_range(float, above=0), default=1.0, help="default: 1")
@@ -723,9 +738,15 @@ def parse_arguments(arguments=None):
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
         help="less memory for a third more time (default: xxl only)")
     add("--checkpoint-every", type=positive, help="optimizer steps between evaluated checkpoints")
+    add("--keep-checkpoints", action="store_true", help="keep all checkpoints, not only the best "
+        "and the last")
     add("--validation-limit", type=positive, help="problems per set at a checkpoint (default: all; "
         "toy: 100)")
+    add("--bbh-limit", type=in_range(int), help="problems per BBH task at a checkpoint (default: 0; "
+        "toy: 25)")
     add("--test-limit", type=positive, help="problems per task in the last table (default: all)")
+    add("--shots", type=int, choices=[SHOTS], help="evaluate math also with 4 demonstrations in the "
+        "last table")
     add("--skip-bbh", action="store_true", help="leave BIG-Bench Hard out of the last table")
     add("--eval-batch-size", type=positive, default=64, help="problems per batch (default: 64)")
     add("--max-new-tokens", type=positive, help="longest output (default: 256; toy: 64)")
@@ -765,10 +786,10 @@ def teacher_records(args, pool):
     stated = [replace(problem, solution=math_target(problem, cot=True)) for problem in pool]
     return [Record(problem, None, f"GSM8K, line {n}") for n, problem in enumerate(stated, 1)]
 
-def evaluate_with(args, model, tokenizer, task, cot, split, limit):
+def evaluate_with(args, model, tokenizer, task, cot, split, limit, shots=0):
     """Evaluate a task by the run's settings."""
     with mixed_precision(args):
-        return evaluate_task(model, tokenizer, task, cot, split, args.data, limit,
+        return evaluate_task(model, tokenizer, task, cot, split, args.data, limit, shots,
                              batch_size=args.eval_batch_size, max_new_tokens=args.max_new_tokens)
 
 def specialize(args, run):
@@ -778,8 +799,9 @@ def specialize(args, run):
     options = {"device": args.device, "dtype": weights_dtype(args)}
     model, tokenizer = load_pretrained(args.model, dropout_rate=args.dropout, **options)
     pool = load("gsm8k", "train", args.data)
-    tests = [(task, True) for task in DATASETS]
-    tests += [] if args.skip_bbh else [("bbh", True), ("bbh", False)]
+    tests = [(task, True, 0) for task in DATASETS]  # (task, chain of thought, demonstrations)
+    tests += [(task, True, args.shots) for task in DATASETS if args.shots]
+    tests += [] if args.skip_bbh else [("bbh", True, 0), ("bbh", False, 0)]
     for task in [*DATASETS, *([] if args.skip_bbh else bbh_tasks(args.data))]:
         load(task, "test", args.data)  # download and check all problem sets before training
         if task not in DATASETS:
@@ -794,12 +816,13 @@ def specialize(args, run):
     model = T5.from_pretrained(run / f"checkpoint-{best['step']}", dtype=weights_dtype(args))
     model.save_pretrained(run / "model")
     tokenizer.save(run / "model")
-    names = [display_name(task, args.data, cot) for task, cot in tests]
+    names = [display_name(task, args.data, cot) + f", {shots} shots" * bool(shots)
+             for task, cot, shots in tests]
     results = {}
     for name, folder in (("base", args.model), ("specialized", run / "model")):
         model = T5.from_pretrained(folder, **options)
-        results[name] = [evaluate_with(args, model, tokenizer, task, cot, "test", args.test_limit)
-                         for task, cot in tests]
+        results[name] = [evaluate_with(args, model, tokenizer, task, cot, "test", args.test_limit,
+                                       shots) for task, cot, shots in tests]
     rows = [(name, entries) for name, *entries in zip(names, *results.values())]
     print(f"\n{table(list(results), rows)}\n\nSelected: step {best['step']}, the best on the "
           f"out-of-distribution validation sets: {format_metrics(best, args.data)}")

@@ -31,10 +31,10 @@ def alternatives(story, state):
     if slot == "equation":
         space = " " if known[0] else ""
         x, op, y = (dict(zip("pqr", results)).get(v, v) for v in story.equations[len(results)])
-        weights = Counter({(x, op, y): 0.95})
-        weights[x, "-" if op == "+" else "+", y] += 0.02  # the wrong operation
+        weights = Counter({(x, op, y): 0.75})
+        weights[x, "-" if op == "+" else "+", y] += 0.14  # the wrong operation
         for number in story.numbers:  # another number of the story
-            weights[x, op, number] += 0.03 / len(story.numbers)
+            weights[x, op, number] += 0.11 / len(story.numbers)
         weights = {(x, op, y): p for (x, op, y), p in weights.items()
                    if p > 0.5 or 0 < OPERATIONS[op](x, y) <= LIMIT}
         total = sum(weights.values())
@@ -43,7 +43,7 @@ def alternatives(story, state):
             for (x, op, y), p in weights.items()
         ]
     if slot == "result":
-        slips = {0: 0.95, 1: 0.015, -1: 0.015, 10: 0.01, -10: 0.01}  # a slip in the arithmetic
+        slips = {0: 0.9, 1: 0.04, -1: 0.04, 10: 0.01, -10: 0.01}  # a slip in the arithmetic
         slips = {known[0] + slip: p for slip, p in slips.items()
                  if slip == 0 or 0 < known[0] + slip <= LIMIT}
         total = sum(slips.values())
@@ -104,8 +104,8 @@ class Teacher:
         tokens, steps = (), []
         while following := self.next_tokens(tokens):
             steps.append(following)
-            flat = [p ** (1 / temperature) for p in following.values()]
-            tokens += tuple(rng.choices(list(following), flat))
+            sharp = [p ** (1 / temperature) for p in following.values()]
+            tokens += tuple(rng.choices(list(following), sharp))
         return tokens, steps
 
 

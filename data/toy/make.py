@@ -1,11 +1,12 @@
-"""The toy world: problem sets, a teacher and a student with 1M parameters, all made from one seed.
+"""The toy world: problem sets, a teacher and T5s of four sizes, all made from one seed.
 
-    python data/toy/make.py world       problem sets, prompts, teacher.jsonl.gz, the vocabulary
-    python data/toy/make.py pretrain    raw/ and student/; half an hour on one core
+    python data/toy/make.py world                problem sets, prompts, teacher.jsonl.gz, spiece.model
+    python data/toy/make.py pretrain 0.1M 1M     raw-SIZE/ and tuned-SIZE/; 1M takes 20 minutes
 
 All files are in the publishers' formats, so that the code for the real sets reads them. stories.py
-defines the problems, grammar.py the teacher. Here they become files, and the student is pretrained:
-on plain text (raw/), then on a mixture of instructions (student/), as FlanT5 was from T5.
+defines the problems, grammar.py the teacher. Here they become files, and the models are pretrained:
+on plain text (raw), as T5 was, and from there briefly on a mixture of instructions (tuned), as
+FlanT5 was. An interrupted pretraining continues when it is started again.
 """
 
 import argparse
@@ -29,8 +30,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from grammar import teacher_records, train_bpe, walk
-from stories import ALL_GAIN, ALL_LOSE, ASDIV, GAIN, GAIN_OOD, GSM8K, LIMIT, LOSE, LOSE_OOD
-from stories import MULTIARITH, OPERATIONS, READING, SVAMP, TASKS, fill, story
+from stories import ALL_GAIN, ALL_LOSE, ASDIV, CHAINS, GAIN, GAIN_OOD, GSM8K, LIMIT, LOSE, LOSE_OOD
+from stories import MULTIARITH, OPERATIONS, READING, SVAMP, TASKS, story
 from t5 import PAD, T5, T5Config, Tokenizer, pad_sequences
 
 import torch  # after t5, which sets how OpenMP's threads wait
@@ -38,13 +39,15 @@ import torch.nn.functional as F
 
 SEED = 0
 TRAIN, TEST, PER_TASK = 1000, 600, 100  # problems: gsm8k/train.jsonl, each test file, generic task
-SAMPLES, TEMPERATURE = 40, 1.25  # the teacher's solutions per question
-MERGES, VOCABULARY = 100, 512  # the teacher's BPE merges, the student's pieces
-SHAPE = dict(d_model=128, d_kv=16, num_heads=8, d_ff=224, num_layers=3, num_decoder_layers=2,
-             dropout_rate=0.0, feed_forward_proj="gated-gelu")
-BATCH, RAW_STEPS, TUNE_STEPS, LEARNING_RATE = 48, 1000, 6500, 1e-3
+SAMPLES, TEMPERATURE = 40, 0.5  # the teacher's solutions per question
+MERGES, VOCABULARY = 130, 512  # the teacher's BPE merges, the students' pieces
+WIDTHS = {"0.1M": 32, "0.25M": 64, "1M": 128, "1.7M": 176}  # d_model, by the number of parameters
+RAW_STEPS, TUNE_STEPS, BATCH, WINDOW, LEARNING_RATE = 5500, 1200, 48, 16, 1e-3
 
 CANARY = "The toy world's test problems: keep them out of training."
+
+
+# --- files ---
 
 
 def demonstration(example, cot):
@@ -167,13 +170,11 @@ def make_world():
     records = teacher_records(rng, sets["train"], encoding, SAMPLES, TEMPERATURE)
     lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
     (HERE / "teacher.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), 9, mtime=0))
-    texts = [text for _ in range(100) for pair in instruction_batch(rng, generic, ())
-             for text in pair]
-    texts += [document(rng, ()) for _ in range(2000)]
-    texts += [s.question for name in sets for s in sets[name][:200]]
+    texts = [text for draw in (plain_text, instruction) for _ in range(4000)
+             for text in draw(rng, generic, frozenset())]
+    texts += [s.question for stories in sets.values() for s in stories]
     texts += [walk(rng, s) for s in sets["train"]]
-    (HERE / "student").mkdir(exist_ok=True)
-    train_vocabulary(texts, HERE / "student" / "spiece.model")
+    train_vocabulary(texts, HERE / "spiece.model")
 
 
 def train_vocabulary(texts, path):
@@ -200,6 +201,23 @@ def train_vocabulary(texts, path):
         os.chdir(before)
 
 
+# --- what the models are pretrained on ---
+
+
+def new_story(rng, templates, held_out):
+    """Draw a story with all verbs that is not held out."""
+    while (s := story(rng, templates, ALL_GAIN, ALL_LOSE)).question in held_out:
+        pass
+    return s
+
+
+def sums(rng, held_out):
+    """Draw a story and its computation without the results: `12 + 5, it - 3`."""
+    s = new_story(rng, rng.choice([READING, CHAINS, GSM8K]), held_out)
+    terms = [["it" if x in ("p", "q") else str(x) for x in equation] for equation in s.equations]
+    return s.question, ", ".join(map(" ".join, terms))
+
+
 def arithmetic(rng, count):
     """Draw facts as solutions state them, `12 - 5 = 7.`; half of them continue the last result."""
     lines, result = [], 0
@@ -215,99 +233,66 @@ def arithmetic(rng, count):
     return " ".join(lines)
 
 
-def facts(rng):
-    """Draw (input, output): arithmetic."""
-    return "Tell some facts.", arithmetic(rng, 6)
-
-
-def sums(rng, held_out):
-    """Draw (input, output): a story's computation without its results, `12 + 5, it - 3`."""
-    short = rng.random() < 0.5
-    draw = functools.partial(story, rng, READING if short else GSM8K, ALL_GAIN, ALL_LOSE)
-    (s,) = distinct(draw, 1, lambda s: s.question, set(held_out))
-    terms = [["it" if v in ("p", "q") else str(v) for v in equation] for equation in s.equations]
-    answer = ", ".join(map(" ".join, terms))
-    return f"{s.body if short else s.question} Which sum is it?", answer
-
-
-def changes(rng):
-    """Draw (input, output): the change in each sentence of a story, `12, - 5, + 3`."""
-    template = rng.choice(["{N} has {a} {i}.", "{N} had {a} {i}.",
-                           "There were {a} {i} at the {S}."])
-    signs = [("", "a")]
-    for number in "bcd"[: rng.randint(1, 3)]:
-        sign = rng.choice("+-")
-        template += " {%s%s%s}." % (rng.choice(["", "N", "M"]), sign, number)
-        signs.append((sign + " ", number))
-    text, value = fill(rng, template, ALL_GAIN, ALL_LOSE)
-    answer = ", ".join(f"{sign}{value[number]}" for sign, number in signs)
-    return f"{text} What are the changes?", answer
-
-
 def generic_example(rng, task, held_out):
-    """Draw an example of a generic task that is not held out."""
-    draw = functools.partial(TASKS[task][0], rng)
-    return distinct(draw, 1, lambda example: example[0], set(held_out))[0]
+    """Draw (question, reasoning, target) of a generic task that is not held out."""
+    while (example := TASKS[task][0](rng))[0] in held_out:
+        pass
+    return example
 
 
-def generic_pair(rng, generic, held_out, prompted):
-    """Draw (input, output) of a generic task, answer-only or CoT.
+def plain_text(rng, generic, held_out):
+    """Draw a document for the raw model, split in two: the model reads the first part and writes
+    the second (prefix language modeling)."""
+    kinds = {"sums": 0.45, "facts": 0.2, "copy": 0.15, "words": 0.12, "counting": 0.08}
+    (kind,) = rng.choices(list(kinds), kinds.values())
+    first = ""
+    if kind == "sums":  # a story, then what there is to compute, as in a textbook
+        text, rest = sums(rng, held_out)
+        first, rest = f"{text} Sum:", f"{rest}."
+    elif kind == "copy":
+        rest = new_story(rng, rng.choice([READING, CHAINS]), held_out).body
+        first = f"{rest} Again:"
+    elif kind == "facts":
+        rest = arithmetic(rng, 7)
+    elif kind == "words":
+        tasks = rng.choices(list(TASKS), k=4)
+        rest = " ".join(generic_example(rng, task, held_out)[1] for task in tasks)
+    elif kind == "counting":
+        start, by = rng.randint(1, 9), rng.randint(1, 9)
+        rest = f"Count by {by}: " + " ".join(map(str, range(start, LIMIT + 1, by)))
+    if first and rng.random() < 0.7:
+        return first, rest
+    words = f"{first} {rest}".split()
+    cut = rng.randint(1, len(words) * 2 // 3)
+    return " ".join(words[:cut]), " ".join(words[cut:])
 
-    prompted: put three demonstrations before it, as in evaluation.
-    """
+
+def instruction(rng, generic, held_out):
+    """Draw (input, output) of the instruction mixture: sums, short chains of thought, and generic
+    tasks with and without demonstrations."""
+    (kind,) = rng.choices(["sums", "chain", "generic", "prompted"], [0.25, 0.25, 0.25, 0.25])
+    if kind == "sums":
+        question, answer = sums(rng, held_out)
+        return f"Q: {question} Which sum is it?\nA:", answer
+    if kind == "chain":
+        s = new_story(rng, rng.choice([READING, CHAINS]), held_out)
+        known, answer = dict(zip("pqr", s.results)), ""
+        for (x, op, y), result in zip(s.equations, s.results):
+            answer += f"{known.get(x, x)} {op} {known.get(y, y)} = {result}. "
+        return f"Q: {s.question}\nLet's think step by step", f"{answer}The answer is {result}"
     task, cot = rng.choice(list(TASKS)), rng.random() < 0.5
-    example = generic_example(rng, task, held_out)
-    question, answer = demonstration(example, cot).split("\nA: ")
-    question += "\nA:"
-    if cot:
-        step, answer = answer.split("\n")
-        question += " " + step
-    if prompted:
+    shown, answer = demonstration(generic_example(rng, task, held_out), cot).rsplit(
+        "A: Let's think step by step.\n" if cot else "A: ", 1)
+    question = shown + ("A: Let's think step by step." if cot else "A:")
+    if kind == "prompted":
         shown = generic[task][0]
-        if rng.random() >= 0.6:
+        if rng.random() < 0.4:
             shown = [generic_example(rng, task, held_out) for _ in range(3)]
         question = f"{generic_prompt(task, shown, cot)}\n\n{question}"
     return question, answer
 
 
-def document(rng, held_out):
-    """Draw plain text for the raw model: facts, counting, repeated stories, generic reasoning."""
-    kind = rng.choice(["facts", "counting", "story", "words"])
-    if kind == "counting":
-        first, by = rng.randint(1, 9), rng.randint(1, 9)
-        return f"Count by {by}: " + " ".join(map(str, range(first, LIMIT + 1, by)))
-    if kind == "facts":
-        return arithmetic(rng, 7)
-    if kind == "story":
-        question, _ = rng.choice([lambda rng: sums(rng, held_out), changes])(rng)
-        body = question.rpartition(".")[0]
-        return f"{body}. Again: {body}."
-    return " ".join(TASKS[task][0](rng)[1] for task in rng.choices(list(TASKS), k=4))
-
-
-def raw_batch(rng, held_out):
-    """Yield (input, output) of prefix language modeling: the first part of a document, the rest."""
-    for _ in range(BATCH):
-        words = document(rng, held_out).split(" ")
-        cut = rng.randint(1, len(words) * 2 // 3)
-        yield " ".join(words[:cut]), " ".join(words[cut:])
-
-
-MIXTURE = {"facts": 0.25, "sums": 0.35, "changes": 0.1, "generic": 0.15, "prompted": 0.15}
-
-
-def instruction_batch(rng, generic, held_out, kind=None):
-    """Yield a batch of (input, output) of one kind of the mixture."""
-    kind = kind or rng.choices(list(MIXTURE), MIXTURE.values())[0]
-    for _ in range(BATCH // 3 if kind == "prompted" else BATCH):
-        if kind in ("generic", "prompted"):
-            yield generic_pair(rng, generic, held_out, kind == "prompted")
-        else:
-            if kind == "sums":
-                question, answer = sums(rng, held_out)
-            else:
-                question, answer = {"facts": facts, "changes": changes}[kind](rng)
-            yield f"Q: {question}\nA:", answer
+# --- pretraining ---
 
 
 @torch.no_grad()
@@ -325,8 +310,9 @@ def point_heads(model, strength=5.0):
         decoder[head + 1, head] += strength
 
 
-def train(model, tokenizer, batches, steps, learning_rate, label):
-    """Train by likelihood with AdamW, linear warm-up and cosine decay.
+def train(model, tokenizer, draw, steps, unfinished):
+    """Train by likelihood with AdamW, linear warm-up and cosine decay. The file `unfinished` keeps
+    the state between windows of batches.
 
     Embeddings and position biases have a higher learning rate, because their values are larger. (T5
     was trained by Adafactor, whose steps are relative to each matrix.) The model learns to find and
@@ -336,15 +322,26 @@ def train(model, tokenizer, batches, steps, learning_rate, label):
     for name, parameter in model.named_parameters():
         is_large = "relative_bias" in name or parameter is model.shared.weight
         groups[4 if is_large else 1].append(parameter)
-    groups = [{"params": params, "lr": learning_rate * scale} for scale, params in groups.items()]
+    groups = [{"params": params, "scale": scale} for scale, params in groups.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
-    cosine = lambda step: 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, cosine(step)))
+    rng, first = random.Random(SEED + 2), 0
+    if unfinished.exists():
+        state = torch.load(unfinished)
+        first = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        rng.setstate(state["rng"])
     model.train()
     start, mean = time.time(), 0
-    for step in range(steps):
-        pairs = list(batches())
+    for step in range(first, steps):
+        cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * LEARNING_RATE * min((step + 1) / 100, cosine)
+        if step % WINDOW == 0:  # batches of similar length, in random order
+            window = sorted((draw(rng) for _ in range(WINDOW * BATCH)), key=lambda p: len(p[0]))
+            batches = [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
+            rng.shuffle(batches)
+        pairs = batches[step % WINDOW]
         source = pad_sequences([tokenizer.encode(text) for text, _ in pairs])  # (B, S)
         target = pad_sequences([tokenizer.encode(text) for _, text in pairs])  # (B, T)
         logits = model(source, source != PAD, F.pad(target, (1, -1), value=PAD))
@@ -353,45 +350,49 @@ def train(model, tokenizer, batches, steps, learning_rate, label):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        mean += (loss.item() - mean) / min(step + 1, 100)
-        if step % 200 == 199:
-            seconds = time.time() - start
-            print(f"{label} step {step + 1}/{steps}  loss {mean:.3f}  {seconds:.0f} s", flush=True)
+        mean += (loss.item() - mean) / min(step - first + 1, 100)
+        if (step + 1) % (16 * WINDOW) == 0:
+            print(f"{unfinished.stem} step {step + 1}/{steps}  loss {mean:.3f}  "
+                  f"{time.time() - start:.0f} s", flush=True)
+            torch.save({"step": step + 1, "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(), "rng": rng.getstate()},
+                       unfinished.with_suffix(".tmp"))
+            unfinished.with_suffix(".tmp").replace(unfinished)
 
 
-def pretrain():
-    """Train raw/ on plain text, and from there student/ on the instruction mixture."""
+def pretrain(size):
+    """Train raw-SIZE/ on plain text, and from there tuned-SIZE/ on instructions."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # sums have one order: the same weights in every run
-    rng = random.Random(SEED + 2)
     sets, generic = make_problems()
     held_out = {example[0] for _, examples in generic.values() for example in examples}
-    held_out |= {s.question for name in sets for s in sets[name]}
-    tokenizer = Tokenizer(HERE / "student")
-    model = T5(T5Config(vocab_size=-(-len(tokenizer.pieces) // 64) * 64, **SHAPE))
+    held_out |= {s.question for stories in sets.values() for s in stories}
+    tokenizer, width = Tokenizer(HERE / "spiece.model"), WIDTHS[size]
+    model = T5(T5Config(
+        vocab_size=-(-len(tokenizer.pieces) // 64) * 64, d_model=width, d_kv=width // 8,
+        d_ff=7 * width // 4, num_layers=3, num_decoder_layers=2, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu"))
     point_heads(model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    raw_batches = functools.partial(raw_batch, rng, held_out)
-    train(model, tokenizer, raw_batches, RAW_STEPS, LEARNING_RATE, "raw")
-    save(model, tokenizer, HERE / "raw")
-    instruction_batches = functools.partial(instruction_batch, rng, generic, held_out)
-    train(model, tokenizer, instruction_batches, TUNE_STEPS, LEARNING_RATE, "student")
-    save(model, tokenizer, HERE / "student")
-
-
-def save(model, tokenizer, folder):
-    """Write the model in bfloat16, which halves the file."""
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
-    if tokenizer.path.parent != folder:
+    print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    for name, draw, steps in (("raw", plain_text, RAW_STEPS), ("tuned", instruction, TUNE_STEPS)):
+        folder = HERE / f"{name}-{size}"
+        batches = functools.partial(draw, generic=generic, held_out=held_out)
+        train(model, tokenizer, batches, steps, HERE / f"{folder.name}.part")
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)  # half the bytes of fp32
         tokenizer.save(folder)
+        model = T5.from_pretrained(folder)
 
 
 def main():
     """Make the toy world, or pretrain its models."""
     parser = argparse.ArgumentParser(description="Make the toy world, or pretrain its models.")
     parser.add_argument("what", choices=["world", "pretrain"])
-    {"world": make_world, "pretrain": pretrain}[parser.parse_args().what]()
+    parser.add_argument("sizes", nargs="*", help=f"of {', '.join(WIDTHS)}; default: all")
+    args = parser.parse_args()
+    if args.what == "world":
+        make_world()
+    for size in (args.sizes or WIDTHS) if args.what == "pretrain" else ():
+        pretrain(size)
 
 
 if __name__ == "__main__":

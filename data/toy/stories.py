@@ -3,6 +3,7 @@
 Everything is drawn with the random.Random that the caller passes.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -105,11 +106,9 @@ SVAMP = [
     ("{N} had {k} {B} with {a} {i} in each and {d} {j}. {-bi}.|How many {i} did {N} have left?",
      "k*a p-b"),
 ]
-# More stories for the student's pretraining, in which it learns to read all the verbs and which
-# numbers belong together.
+# More stories for pretraining, from which a model learns to read all the verbs and which numbers
+# belong together. CHAINS are one to three changes one after another.
 READING = [
-    ("{N} has {a} {i}. {+b}.", "a+b"),
-    ("{N} had {a} {i}. {-b}.", "a-b"),
     ("{N} has {a} {i} and {b} {j}. {+ci}.", "a+c"),
     ("{N} has {a} {i} and {b} {j}. {+cj}.", "b+c"),
     ("{N} had {a} {i} and {b} {j}. {-ci}.", "a-c"),
@@ -130,6 +129,13 @@ READING = [
     ("{N} has {k} {B} with {a} {i} in each.", "k*a"),
     ("{N} bought {k} {B} with {a} {i} in each.", "k*a"),
     ("Each of {k} {B} held {a} {i}.", "k*a"),
+]
+CHAINS = [
+    (start + "".join(" {%s%s%s}." % (who, sign, b) for sign, b in zip(signs, "bcd")),
+     " ".join(f"{x}{sign}{b}" for x, sign, b in zip("apq", signs, "bcd")))
+    for start, who in (("{N} has {a} {i}.", ""), ("{N} had {a} {i}.", ""),
+                       ("There were {a} {i} at the {S}.", "N"))
+    for steps in (1, 2, 3) for signs in itertools.product("+-", repeat=steps)
 ]
 OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 
@@ -211,12 +217,6 @@ SPANISH = """gato perro vaca cerdo gallina zorro buho abeja gorro zapato media a
 SPANISH = dict(zip(KINDS["animals"] + KINDS["clothes"], SPANISH))
 
 
-def kind_of_words(rng):
-    kind = rng.choice(list(KINDS))
-    words = rng.sample(KINDS[kind], 3)
-    return f"What are these: {' '.join(words)}", f"A {words[0]} is of the {kind}.", kind
-
-
 def odd_one_out(rng):
     kind, other = rng.sample(list(KINDS), 2)
     odd = rng.choice(KINDS[other])
@@ -246,18 +246,31 @@ def translation(rng):
     return f"In Spanish: {first} {second}", f"{first} is {uno}, {second} is {dos}.", f"{uno} {dos}"
 
 
-def swap_words(rng):
-    first, second = rng.sample(WORDS, 2)
-    reasoning = f"The last is {second}, the first is {first}."
-    return f"Swap the words: {first} {second}", reasoning, f"{second} {first}"
+def word_sorting(rng):
+    words = rng.sample(WORDS, 3)
+    first, second, third = sorted(words)
+    reasoning = f"{first} is before {second}, {second} is before {third}."
+    return f"Sort the words: {' '.join(words)}", reasoning, f"{first} {second} {third}"
+
+
+def shuffled_objects(rng):
+    people, things = rng.sample(HE + SHE, 3), rng.sample(KINDS["tools"], 3)
+    text = ", ".join(f"{who} has the {thing}" for who, thing in zip(people, things)) + "."
+    asked, reasoning = things[0], f"{people[0]} has the {things[0]}."
+    for _ in range(2):
+        i, j = rng.sample(range(3), 2)
+        things[i], things[j] = things[j], things[i]
+        text += f" {people[i]} and {people[j]} swap."
+        reasoning += f" Then {people[things.index(asked)]} has the {asked}."
+    return f"{text} Who has the {asked}?", reasoning, people[things.index(asked)]
 
 
 # {task: (a function that draws (input, reasoning, target), the task's description)}
 TASKS = {
     "first_and_last": (first_and_last, "Find the words at both ends."),
-    "kind_of_words": (kind_of_words, "Name the kind of things."),
     "odd_one_out": (odd_one_out, "Find the word of another kind."),
     "opposites": (opposites, "Turn each word into its opposite."),
-    "swap_words": (swap_words, "Turn the order around."),
+    "shuffled_objects": (shuffled_objects, "Follow the things as people swap them."),
     "translation": (translation, "Translate into Spanish."),
+    "word_sorting": (word_sorting, "Put the words into alphabetical order."),
 }
