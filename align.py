@@ -33,7 +33,7 @@ This file needs only numpy and knows nothing of models or training.
 Letters: L teacher tokens, N student tokens, k entries of a target row. Code counts from 0.
 
     python align.py "She sold 48/2 = 24 clips."
-    python align.py data/toy/teacher.jsonl.gz --student data/toy/student    no download
+    python align.py data/toy/teacher.jsonl.gz --student data/toy/tuned-1M    no download
 """
 
 import argparse

@@ -561,8 +561,7 @@ def log_linear_fit(parameters, accuracies):
     x, y = np.log10(parameters), np.array(accuracies)
     slope, intercept = np.polyfit(x, y, 1)
     residuals = y - intercept - slope * x
-    with np.errstate(divide="ignore", invalid="ignore"):
-        variance = np.square(residuals).sum() / np.float64(len(x) - 2)
+    variance = np.square(residuals).sum() / (len(x) - 2) if len(x) > 2 else math.nan
     return slope, np.sqrt(variance / np.square(x - x.mean()).sum()), intercept
 
 def scaling_plot(path, points):

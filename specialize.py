@@ -689,8 +689,8 @@ def random_module(device):
 # base's. "toy" is this project's own; xxl's optimizer and precision are chosen for one 80 GB GPU.
 SIZES = {
     "toy": dict(model=TOY / "tuned-1M", data=TOY, teacher=TOY / "teacher.jsonl.gz",
-                micro_batch_size=(8, 8, 32, 32), gradient_accumulation_steps=1, epochs=1, steps=600,
-                learning_rate=1e-3, checkpoint_every=100, validation_limit=60, bbh_limit=25,
+                micro_batch_size=(8, 8, 32, 32), gradient_accumulation_steps=1, epochs=1, steps=800,
+                learning_rate=7e-4, checkpoint_every=100, validation_limit=60, bbh_limit=25,
                 max_new_tokens=64, device="cpu", threads=2),
     "small": dict(model="google/flan-t5-small", micro_batch_size=(25, 35, 40, 60),
                   gradient_accumulation_steps=3, checkpoint_every=333),
@@ -726,7 +726,7 @@ def parse_arguments(arguments=None):
     add("--epochs", type=positive, help="passes over the examples (default: 10; toy: 1)")
     add("--steps", type=positive, help="maximum of optimizer steps (default: none; toy: 800)")
     add("--optimizer", choices=["adamw", "adafactor"], help="default: adamw; xxl: adafactor")
-    add("--learning-rate", type=in_range(float, above=0), help="peak (default: 5e-4; toy: 2e-3)")
+    add("--learning-rate", type=in_range(float, above=0), help="peak (default: 5e-4; toy: 7e-4)")
     add("--micro-batch-size", type=positive, nargs=4, metavar="N", help="examples in each format")
     add("--gradient-accumulation-steps", type=positive, help="micro-batches per optimizer step")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the learning rate "
@@ -741,7 +741,7 @@ def parse_arguments(arguments=None):
     add("--keep-checkpoints", action="store_true", help="keep all checkpoints, not only the best "
         "and the last")
     add("--validation-limit", type=positive, help="problems per set at a checkpoint (default: all; "
-        "toy: 100)")
+        "toy: 60)")
     add("--bbh-limit", type=in_range(int), help="problems per BBH task at a checkpoint (default: 0; "
         "toy: 25)")
     add("--test-limit", type=positive, help="problems per task in the last table (default: all)")

@@ -262,7 +262,7 @@ def test_the_command_draws_both_tokenizations(run, real):
     assert top.index("·24") == bottom.index("▁24") and "/|2" in top and "/2" in bottom
     drawn = draw([" 24", " $", "12"], ["▁24", "▁$12"], colour=True)
     assert "\033[32m▁24\033[0m \033[33m▁$12 \033[0m" in drawn  # one-to-one is green
-    record = run("align.py", TOY / "teacher.jsonl.gz", "--student", TOY / "student").stdout
+    record = run("align.py", TOY / "teacher.jsonl.gz", "--student", TOY / "tuned-1M").stdout
     assert record.count("teacher  ") == record.count("student  ") > 0
 
 def test_the_command_says_what_it_lacks_and_how_to_get_it(monkeypatch, real, tmp_path, capsys):

@@ -26,7 +26,7 @@ def convert(tmp_path, monkeypatch):
 
     def convert(folder):
         out = tmp_path / "out.jsonl.gz"
-        command = ["convert_release.py", str(folder), str(out), "--tokenizer", str(TOY / "student")]
+        command = ["convert_release.py", str(folder), str(out), "--tokenizer", str(TOY / "tuned-1M")]
         monkeypatch.setattr(sys, "argv", command)
         try:
             main()
@@ -156,7 +156,7 @@ def test_a_folder_without_a_release_says_what_is_missing(tmp_path, records, conv
 
 def aligned_rows(records, input_format):
     """Return records whose tokens are T5's pieces, and the authors' rows for them."""
-    tokenizer, expected, rows = Tokenizer(TOY / "student"), [], []
+    tokenizer, expected, rows = Tokenizer(TOY / "tuned-1M"), [], []
     for record in records:
         problem = record.problem
         pieces = tokenizer.split(problem.solution)

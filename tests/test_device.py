@@ -72,7 +72,7 @@ def students(monkeypatch):
     enabled = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda name: name != "meta" and enabled(name))
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # it allows no wrapped tensors
-    there, here = (T5.from_pretrained(TOY / "student", dropout_rate=0.0) for _ in range(2))
+    there, here = (T5.from_pretrained(TOY / "tuned-1M", dropout_rate=0.0) for _ in range(2))
     for module in there.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(wrap(parameter.detach())))
@@ -86,7 +86,7 @@ def test_mixing_devices_is_noticed(students):
 
 def test_generation_and_evaluation_run_on_another_device(students):
     there, here = students.values()
-    tokenizer = Tokenizer(TOY / "student")
+    tokenizer = Tokenizer(TOY / "tuned-1M")
     prompts = ["Q: Which words are first and last: saw porch bee hen A: Let's think step by step.",
                "Q: What? A:"]
     ids = pad_sequences([tokenizer.encode(prompt) for prompt in prompts])
@@ -104,7 +104,7 @@ def test_generation_and_evaluation_run_on_another_device(students):
 @pytest.mark.parametrize("loss", ["kl", "nll"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_step_runs_on_another_device(students, loss, checkpointing):
-    tokenizer, shots = Tokenizer(TOY / "student"), load("gsm8k", "train", TOY)[:4]
+    tokenizer, shots = Tokenizer(TOY / "tuned-1M"), load("gsm8k", "train", TOY)[:4]
     records = itertools.islice(sp.read_teacher(TOY / "teacher.jsonl.gz"), 60)
     examples, _ = sp.build_examples(records, tokenizer, ["in_context_cot"], loss)
     pairs, losses = [(example, shots) for example in examples[:3]], {}

@@ -24,7 +24,7 @@ SIZES = {"gsm8k": (500, 819), "multiarith": (200, 400), "asdiv": (500, 1805), "s
 @pytest.fixture(scope="module")
 def student():
     """The toy's model and tokenizer."""
-    return load_pretrained(TOY / "student")
+    return load_pretrained(TOY / "tuned-1M")
 
 # --- answers ---
 
@@ -168,7 +168,7 @@ def test_a_set_of_ones_own_takes_a_parser_and_an_entry(tmp_path, monkeypatch, co
     assert [problem.answer for problem in ev.load("mine", "all", tmp_path)] == list(range(6))
     assert len(ev.load("mine", "validation", tmp_path)) == 3  # at most half
     arguments = ["--tasks", "mine", "--data", tmp_path, "--device", "cpu", "--max-new-tokens", 2]
-    assert "Mine (3)" in command(ev, TOY / "student", *arguments)
+    assert "Mine (3)" in command(ev, TOY / "tuned-1M", *arguments)
     (tmp_path / "mine.jsonl").write_text("How many are 5?\t5\nHow many?\n")
     with pytest.raises(UserError, match="mine.jsonl, line 2: not enough values"):
         ev.load("mine", "test", tmp_path)
@@ -303,8 +303,8 @@ def test_an_interrupted_evaluation_continues_and_only_appends(student, tmp_path,
         assert sum(generated) == 12
 
 def test_the_command_compares_models_by_both_rules_and_generates_nothing_twice(command, tmp_path):
-    for name in ("raw", "student"):
-        shutil.copytree(TOY / name, tmp_path / name)
+    for name, source in (("raw", "raw-1M"), ("student", "tuned-1M")):
+        shutil.copytree(TOY / source, tmp_path / name)
     arguments = ["raw", "student", "--tasks", "svamp, opposites", "--data", TOY, "--limit", 4,
                  "--out", "out.jsonl", "--max-new-tokens", 8, "--device", "cpu", "--answer-only",
                  "--shots", 4, "--samples", 2, "--calculator"]
@@ -319,7 +319,7 @@ def test_the_command_compares_models_by_both_rules_and_generates_nothing_twice(c
     assert lines[0]["prompt"].count("A: The answer is") == 4 and len(lines[0]["outputs"]) == 2
     assert command(ev, *arguments) == printed
     assert ev.read_predictions(tmp_path / "out.jsonl") == lines
-    model = T5.from_pretrained(TOY / "student")
+    model = T5.from_pretrained(TOY / "tuned-1M")
     model.shared.weight.data = model.shared.weight * 2
     model.save_pretrained(tmp_path / "student")  # the same name, other weights
     command(ev, *arguments)
@@ -347,8 +347,12 @@ def test_right_and_wrong_cases_are_shown_one_after_the_other(command, tmp_path, 
 def test_plots_show_a_least_squares_fit_or_say_what_is_missing(command, tmp_path, monkeypatch):
     sizes, accuracies = [80e6, 250e6, 780e6, 3e9, 11e9], [3.1, 6.0, 9.9, 20.2, 27.4]
     fit = statistics.linear_regression([math.log10(size) for size in sizes], accuracies)
-    assert ev.log_linear_fit(sizes, accuracies) == pytest.approx((fit.slope, fit.intercept))
-    points = {"svamp": [(size, x / 100, 0.01) for size, x in zip(sizes, accuracies)]}
+    slope, error, intercept = ev.log_linear_fit(sizes, accuracies)
+    assert (slope, intercept) == pytest.approx((fit.slope, fit.intercept))
+    _, covariance = np.polyfit(np.log10(sizes), accuracies, 1, cov=True)
+    assert error == pytest.approx(covariance[0, 0] ** 0.5)
+    assert math.isnan(ev.log_linear_fit(sizes[:2], accuracies[:2])[1])
+    points = {"svamp": [(size, x, 1.0) for size, x in zip(sizes, accuracies)]}
     with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install matplotlib"):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         ev.scaling_plot(tmp_path / "a.svg", points)
@@ -358,11 +362,12 @@ def test_plots_show_a_least_squares_fit_or_say_what_is_missing(command, tmp_path
     ev.scaling_plot(tmp_path / "a.svg", points)
     assert (tmp_path / "a.svg").read_text().count("<path") > 10
     (tmp_path / "log.jsonl").write_text('{"step": 1, "kl": 0.5}\n' + "".join(
-        f'{{"step": {n}, "validation": {{"gsm8k": [0.{n}, 0.02]}}}}\n' for n in (1, 2)))
+        f'{{"step": {n}, "validation": {{"gsm8k": [0.{n}, 0.02]}}, '
+        f'"bbh": {{"CoT": [0.1, 0.01]}}}}\n' for n in (1, 2)))
     command(ev, "--plot", "b.png", "log.jsonl")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="c.xyz"):
-        ev.trade_off_plot("c.xyz", "log.jsonl")
+        ev.trade_off_plot("c.xyz", ["log.jsonl"])
 
 # --- damaged files ---
 
@@ -395,7 +400,7 @@ def test_a_damaged_problem_set_is_refused(name, fault, content, tmp_path, refuse
         shutil.copytree(TOY / folder, tmp_path / "sets" / folder)
     damage(tmp_path / "sets" / name, content)
     task = "opposites" if "bbh" in name else name.partition("/")[0]
-    message = refused(ev, TOY / "student", "--tasks", task, "--data", tmp_path / "sets", "--limit",
+    message = refused(ev, TOY / "tuned-1M", "--tasks", task, "--data", tmp_path / "sets", "--limit",
                       1, "--max-new-tokens", 2, "--device", "cpu")
     assert f"sets/{name}" in message and fault in message
 
@@ -412,7 +417,7 @@ def test_a_damaged_file_of_results_is_refused(option, fault, content, tmp_path, 
     if content is not None:
         (tmp_path / "some.jsonl").write_text(content)
     arguments = {"--show": ["some.jsonl", "--show", 3], "--plot": ["some.jsonl", "--plot", "a.png"],
-                 "--out": [TOY / "student", "--data", TOY, "--out", "some.jsonl"]}[option]
+                 "--out": [TOY / "tuned-1M", "--data", TOY, "--out", "some.jsonl"]}[option]
     message = refused(ev, *arguments)
     assert "some.jsonl" in message and fault in message
 
@@ -422,9 +427,9 @@ def test_what_is_missing_or_unknown_says_what_to_choose(tmp_path, refused, monke
                                 ("gsm9k", "test", "no task 'gsm9k'; choose from gsm8k, multi")):
         with pytest.raises(UserError, match=message):
             ev.load(task, part, TOY)
-    assert "no task 'gsm9k'" in refused(ev, TOY / "student", "--tasks", "gsm9k", "--data", TOY)
-    assert "nowhere: no such folder" in refused(ev, TOY / "student", "./nowhere")
+    assert "no task 'gsm9k'" in refused(ev, TOY / "tuned-1M", "--tasks", "gsm9k", "--data", TOY)
+    assert "nowhere: no such folder" in refused(ev, TOY / "tuned-1M", "./nowhere")
     monkeypatch.setattr(ev, "GITHUB", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    message = refused(ev, TOY / "student", "--data", tmp_path, "--tasks", "svamp")
+    message = refused(ev, TOY / "tuned-1M", "--data", tmp_path, "--tasks", "svamp")
     assert f"or copy the file to {tmp_path / 'svamp' / 'SVAMP.json'}" in message

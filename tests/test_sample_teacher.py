@@ -652,7 +652,7 @@ def test_a_real_server_gives_records_that_align(llama, ask, questions, tmp_path,
     before = (tmp_path / "teacher.jsonl.gz.answers.jsonl").read_bytes()
     ask(server, *given)
     assert (tmp_path / "teacher.jsonl.gz.answers.jsonl").read_bytes() == before
-    tokenizer = Tokenizer(TOY / "student")
+    tokenizer = Tokenizer(TOY / "tuned-1M")
     found = [record for record in read_teacher(tmp_path / "teacher.jsonl.gz") if record.steps]
     assert found
     for record in found:

@@ -68,6 +68,8 @@ def test_kl_is_exact_if_a_probability_underflows_and_at_its_minimum():
         kl.backward()  # runs once
 
 def test_the_schedule_warms_up_and_falls_as_a_cosine():
+    constant = [sp.get_lr(step, 100, 5e-4, 10, "constant") for step in (0, 9, 99)]
+    assert constant == pytest.approx([5e-5, 5e-4, 5e-4])
     rates = [sp.get_lr(step, 100, 5e-4, 10) for step in range(100)]
     assert rates[0] == pytest.approx(5e-5) and max(rates) < 5e-4 and np.argmax(rates) == 9
     assert rates[50] == pytest.approx(2.5e-4) and rates[99] < 1e-6
@@ -186,7 +188,7 @@ SHAPE = dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rat
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
     """train(run, resume, measure, flags, choose) does all that a training process does."""
-    tokenizer, pool = Tokenizer(TOY / "student"), ev.load("gsm8k", "train", TOY)
+    tokenizer, pool = Tokenizer(TOY / "tuned-1M"), ev.load("gsm8k", "train", TOY)
     records = itertools.islice(read_teacher(TOY / "teacher.jsonl.gz"), 0, 1200, 20)
     examples, _ = build_examples(records, tokenizer, list(sp.FORMATS))
     first = tmp_path_factory.mktemp("first")
@@ -210,6 +212,17 @@ def pseudo_accuracy(model, tokenizer, args):
     """Return accuracies that vary with the weights, so that any checkpoint may be the best."""
     value = model.shared.weight.double().sum().item() * 1e4 % 1
     return {"validation": {task: [value, 0.0] for task in ev.DATASETS}}
+
+def at_first_checkpoint(action):
+    """Return pseudo_accuracy, but with an action on the model at the evaluation after the start's."""
+    calls = itertools.count()
+
+    def measure(model, tokenizer, args):
+        if next(calls) == 1:
+            action(model)
+        return pseudo_accuracy(model, tokenizer, args)
+
+    return measure
 
 def outcome(run):
     """Return a run's weights, training state, evaluations and learning rates."""
@@ -255,17 +268,16 @@ def test_runs_killed_at_any_time_end_with_the_same_bits(train, tmp_path):
     "--precision bf16-weights --loss nll", "--precision bf16 --gradient-checkpointing"])
 def test_after_ctrl_c_in_an_evaluation_every_optimizer_and_precision_resumes_to_the_bit(
         train, tmp_path, flags, presses):
-    def interrupted(model, tokenizer, args):
+    def press(model):
         for _ in range(presses):
             os.kill(os.getpid(), signal.SIGINT)
-        return pseudo_accuracy(model, tokenizer, args)
 
     one, two, flags = tmp_path / "one", tmp_path / "two", f"--steps 6 {flags}"
     best = train(one, flags=flags)
     with pytest.raises(KeyboardInterrupt):
-        train(two, False, interrupted, flags)
+        train(two, False, at_first_checkpoint(press), flags)
     assert [folder.name for folder in sp.checkpoints(two)] == ["checkpoint-4"]
-    assert len(sp.read_log(two / "log.jsonl")) == 4 - presses  # the first lets it finish
+    assert len(sp.read_log(two / "log.jsonl")) == 5 - presses  # the first lets it finish
     assert train(two, True, flags=flags) == best and outcome(one) == outcome(two)
 
 def test_accumulated_micro_batches_have_the_gradient_of_one_large_one(
@@ -283,15 +295,14 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_one(
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_names_step_records_and_checkpoint(
         train, tmp_path, what):
-    def spoil(model, tokenizer, args):
+    def spoil(model):
         if what == "loss":
             model.shared.weight.data[5:] = math.nan
         else:
             model.encoder.final_norm.weight.register_hook(lambda gradient: gradient * math.inf)
-        return pseudo_accuracy(model, tokenizer, args)
 
     with pytest.raises(UserError) as error:
-        train(tmp_path, measure=spoil)
+        train(tmp_path, measure=at_first_checkpoint(spoil))
     assert re.match(rf"step 5: the {what} is not finite. Batch: .*teacher.jsonl.gz, line \d+.* "
                     rf"good checkpoint: {tmp_path}/checkpoint-4\.", str(error.value))
 
@@ -355,7 +366,7 @@ def test_a_sets_entry_says_whether_it_is_validated_on_and_counts_for_selection(m
     for validate, select, mean in ((True, True, 0.35), (True, False, 0.2), (False, False, 0.2)):
         mine = ev.Dataset("Mine", "mine.jsonl", None, 500, validate, select)
         monkeypatch.setitem(sp.DATASETS, "mine", mine)
-        entry = sp.validate(None, None, sp.parse_arguments([]))
+        entry = sp.validate(None, None, sp.parse_arguments(["--bbh-limit", "0"]))
         assert list(entry["validation"]) == list(accuracies)[: 5 if validate else 4]
         assert sp.ood_accuracy(entry) == pytest.approx(mean)
     entries = [{"step": n, "validation": dict.fromkeys(accuracies, [x, 0])}
@@ -365,7 +376,7 @@ def test_a_sets_entry_says_whether_it_is_validated_on_and_counts_for_selection(m
 # --- the command ---
 
 BRIEF = ("--teacher teacher.jsonl --epochs 1 --micro-batch-size 4 4 8 8 --checkpoint-every 4 "
-         "--validation-limit 2 --test-limit 2 --max-new-tokens 8 --log-every 1 --threads 1").split()
+         "--validation-limit 2 --bbh-limit 1 --test-limit 2 --max-new-tokens 8 --log-every 1 --threads 1").split()
 
 @pytest.fixture
 def teacher(tmp_path):
@@ -376,7 +387,7 @@ def teacher(tmp_path):
 def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
         command, teacher, tmp_path):
     printed = command(sp, *BRIEF, "--name", "one")
-    assert re.search(r"step 2/\d+  kl .* lr .* tokens/s .* min left", printed)
+    assert re.search(r"step 2/\d+  (kl|nll) .* lr .* tokens/s .* min left", printed)
     header, *rows = printed[printed.index("accuracy, %") :].splitlines()[:7]
     columns = ["toy-GSM8K", "toy-MultiArith", "toy-ASDiv", "toy-SVAMP", "generic CoT",
                "generic answer-only"]
@@ -527,7 +538,7 @@ class RunsCode:
     ids=itertools.count())
 def test_a_damaged_run_is_not_resumed(name, fault, content, tmp_path, refused, teacher):
     arguments = ["--teacher", "teacher.jsonl", "--name", "one", "--skip-bbh"]
-    run, (model, tokenizer) = tmp_path / "runs" / "one", load_pretrained(TOY / "student")
+    run, (model, tokenizer) = tmp_path / "runs" / "one", load_pretrained(TOY / "tuned-1M")
     run.mkdir(parents=True)
     sp.save_checkpoint(run, 3, model, torch.optim.AdamW(model.parameters()), tokenizer)
     recorded = sp.recorded(sp.parse_arguments(arguments))

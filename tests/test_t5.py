@@ -307,7 +307,7 @@ def test_the_tokenizer_agrees_with_transformers(real, transformers):
 
 @pytest.mark.parametrize("vocabulary", ["toy", "T5's"])
 def test_every_text_has_ids_and_a_text_again(vocabulary, request):
-    tokenizer = Tokenizer(TOY / "student" if vocabulary == "toy" else
+    tokenizer = Tokenizer(TOY / "tuned-1M" if vocabulary == "toy" else
                           request.getfixturevalue("real") / "tokenizers" / "t5")
     rng = random.Random(0)
     texts = ["", " ", "\0", "x" * 100_000, "5 " * 50_000, "\u0301" * 20_000, "😀" * 20_000]
@@ -328,7 +328,7 @@ def test_a_vocabulary_with_more_pieces_than_the_model_has_ids_is_refused(real, t
 @pytest.fixture
 def student(tmp_path):
     """Return a folder with a copy of the toy student."""
-    return shutil.copytree(TOY / "student", tmp_path / "student")
+    return shutil.copytree(TOY / "tuned-1M", tmp_path / "student")
 
 @pytest.fixture
 def message(student, refused):
@@ -511,7 +511,7 @@ def hub(server, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    for path in (TOY / "student").iterdir():
+    for path in (TOY / "tuned-1M").iterdir():
         server.files[f"{SMALL}/{path.name}"] = path.read_bytes()
     server.files[f"{SMALL}/pytorch_model.bin"] = b"not needed"
     return server
@@ -653,7 +653,7 @@ def test_what_is_neither_a_folder_nor_a_name_is_refused_without_a_request(hub, n
 
 # --- commands ---
 
-COMMAND = "t5.py", TOY / "student", "Q: How many? A:", "--max-new-tokens", 5, "--device", "cpu"
+COMMAND = "t5.py", TOY / "tuned-1M", "Q: How many? A:", "--max-new-tokens", 5, "--device", "cpu"
 
 def test_the_command_generates_samples(run):
     done = run(*COMMAND, "--temperature", 1, "--num-samples", 2)

@@ -2,13 +2,12 @@
 
     python data/toy/findings.py
 
-Each experiment is a run of `specialize.py` in runs/findings/EXPERIMENT-SEED. Those that have
+Each experiment is a run of `specialize.py`, in runs/findings/EXPERIMENT-SEED. Those that have
 finished are not repeated, so delete that folder after changing the code. Then a table, a sentence
 and a plot follow for each finding. Errors are standard errors over the seeds.
 """
 
 import argparse
-import functools
 import json
 import math
 import statistics
@@ -20,23 +19,249 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import eval as ev
+from eval import DATASETS, TOY, curves_plot, evaluate_task, log_linear_fit, read_log, scaling_plot
 from specialize import ood_accuracy
 from t5 import T5, UserError, load_pretrained, run_command
 
 FOLDER = Path("runs") / "findings"
 SEEDS = (0, 1, 2)
 SIZES = ("0.1M", "0.25M", "1M", "1.7M")
-MODEL = "data/toy/{}-{}"
-SHOTS = ["--shots", "4"]
+FORMATS = {name: ["--formats", f"{name}_cot", f"{name}_answer_only", "--shots", "4"]
+           for name in ("in_context", "zero_shot")}
 EXPERIMENTS = {
-    "tuned-1M": ["--shots", "4", "--checkpoint-every", "50"],  # otherwise the main command's run
-    "tuned-0.1M": [],
-    "tuned-0.25M": [],
-    "tuned-1.7M": [],
-    "raw-1M": [],
-    "likelihood": ["--loss", "nll", "--checkpoint-every", "50"],
-    "in-context": ["--formats", "in_context_cot", "in_context_answer_only", *SHOTS],
-    "zero-shot": ["--formats", "zero_shot_cot", "zero_shot_answer_only", *SHOTS],
+    "tuned-1M": ["--checkpoint-every", "50", "--shots", "4"],  # else as the main command
+    "likelihood": ["--checkpoint-every", "50", "--loss", "nll"],
+    **{f"tuned-{size}": ["--model", TOY / f"tuned-{size}"] for size in SIZES if size != "1M"},
+    "raw-1M": ["--model", TOY / "raw-1M"],
+    **FORMATS,
     "long": ["--steps", "2400", "--schedule", "constant", "--keep-checkpoints"],
 }
+OOD = [f"toy-{dataset.name}" for dataset in DATASETS.values() if dataset.select]
+
+
+# --- runs ---
+
+
+def run_all(jobs):
+    """Run the unfinished experiments, `jobs` at a time, with one thread each."""
+
+    def start(experiment):
+        name, seed = experiment
+        run = FOLDER / f"{name}-{seed}"
+        command = [sys.executable, ROOT / "specialize.py", "--name", f"findings/{run.name}",
+                   "--seed", str(seed), "--threads", "1", *EXPERIMENTS[name]]
+        command += ["--resume"] if (run / "arguments.json").exists() else []
+        print(f"{name}, seed {seed}", flush=True)
+        with open(FOLDER / f"{run.name}.txt", "a") as output:
+            return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT).returncode
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    missing = [(name, seed) for seed in SEEDS for name in EXPERIMENTS
+               if not (FOLDER / f"{name}-{seed}" / "results.json").exists()]
+    with ThreadPoolExecutor(jobs) as pool:
+        statuses = list(pool.map(start, missing))
+    failed = [f"{FOLDER}/{name}-{seed}.txt" for (name, seed), status in zip(missing, statuses)
+              if status]
+    if failed:
+        raise UserError(f"experiments failed; see {', '.join(failed)}, then run this again")
+
+
+# --- what they measured ---
+
+
+def results(name):
+    """Return each seed's results.json: {"selected": log entry, "test": {model: accuracies}}."""
+    return [json.loads((FOLDER / f"{name}-{seed}" / "results.json").read_text())
+            for seed in SEEDS if (FOLDER / f"{name}-{seed}" / "results.json").exists()]
+
+
+def tested(name, model, column):
+    """Return a column of the last table in percent, one value per seed. model: "base" or
+    "specialized"; the column "OOD" is the mean of the three out-of-distribution sets."""
+    columns = OOD if column == "OOD" else [column]
+    return [statistics.mean(100 * r["test"][model][c][0] for c in columns) for r in results(name)]
+
+
+def evaluations(name):
+    """Return for each seed the evaluated checkpoints of its log, the start first."""
+    logs = [FOLDER / f"{name}-{seed}" / "log.jsonl" for seed in SEEDS]
+    return [[entry for entry in read_log(log) if "validation" in entry]
+            for log in logs if log.with_name("results.json").exists()]
+
+
+def measured(entry, column):
+    """Return an accuracy in a log entry, in percent. column: a math set, "OOD", "CoT" or
+    "answer-only" (both on the generic tasks)."""
+    if column == "OOD":
+        return 100 * ood_accuracy(entry)
+    return 100 * (entry["validation"] | entry["bbh"])[column][0]
+
+
+def mean(values):
+    """Return mean and standard error over the seeds."""
+    values = list(values)
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.mean(values), error
+
+
+def curve(name, column):
+    """Return [(step, mean, standard error)] of a column over an experiment's checkpoints."""
+    return [(entries[0]["step"], *mean(measured(entry, column) for entry in entries))
+            for entries in zip(*evaluations(name))]
+
+
+def at(points, step):
+    """Return "mean ± standard error" of a curve at a step."""
+    return next(text(*value) for s, *value in points if s == step)
+
+
+def text(mean, error):
+    """Format a mean with its standard error."""
+    return f"{mean:.1f} ± {error:.1f}"
+
+
+def show(title, columns, rows):
+    """Print a table. rows: [(label, [values per seed] per column)]."""
+    lines = [["", *columns]]
+    lines += [[label, *(text(*mean(cell)) for cell in cells)] for label, cells in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"\n{title}")
+    for label, *cells in lines:
+        print(f"{label:<{widths[0]}}", *(f"{x:>{n}}" for x, n in zip(cells, widths[1:])), sep="  ")
+
+
+# --- the findings: each prints a table, draws a plot, and returns a sentence ---
+
+
+def finding_1():
+    """Trade-off. Paper: math improves step by step while generic ability is lost, at once with
+    chain of thought, gradually with answers only."""
+    names = {"gsm8k": "toy-GSM8K", "OOD": "OOD mean", "CoT": "generic CoT",
+             "answer-only": "generic answer-only"}
+    curves = {label: curve("tuned-1M", column) for column, label in names.items()}
+    rows = [(f"step {entries[0]['step']}", [[measured(e, c) for e in entries] for c in names])
+            for entries in zip(*evaluations("tuned-1M"))]
+    show("1. Trade-off over steps (validation parts)", list(names.values()), rows)
+    curves_plot(FOLDER / "finding_1.png", curves)
+    math_curve, cot, answer_only = curves["OOD mean"], curves["generic CoT"], curves[names["answer-only"]]
+    first, last = cot[1][0], cot[-1][0]
+    return (f"From step 0 to {first} to {last} the out-of-distribution mean goes "
+            f"{at(math_curve, 0)}, {at(math_curve, first)}, {at(math_curve, last)}, generic chain of "
+            f"thought {at(cot, 0)}, {at(cot, first)}, {at(cot, last)}, answer-only "
+            f"{at(answer_only, 0)}, {at(answer_only, first)}, {at(answer_only, last)}.")
+
+
+def finding_2():
+    """Scaling. Paper: flat over sizes before specialization, log-linear after."""
+    parameters = {size: sum(p.numel() for p in T5.from_pretrained(TOY / f"tuned-{size}").parameters())
+                  for size in SIZES}
+    points, rows, slopes = {}, [], []
+    for label, model in (("before", "base"), ("after", "specialized")):
+        cells = {size: tested(f"tuned-{size}", model, "OOD") for size in SIZES}
+        points[label] = [(parameters[size], *mean(cells[size])) for size in SIZES]
+        rows.append((label, list(cells.values())))
+        slope, error, _ = log_linear_fit(*zip(*[point[:2] for point in points[label]]))
+        slopes.append(f"{slope:.1f} ± {error:.1f}")
+    show("2. Scaling: out-of-distribution mean by number of parameters",
+         [f"{n:,}" for n in parameters.values()], rows)
+    scaling_plot(FOLDER / "finding_2.png", points)
+    return (f"Per factor of 10 in parameters the out-of-distribution mean rises by {slopes[0]} "
+            f"points before specialization and by {slopes[1]} after.")
+
+
+def finding_3():
+    """Start. Paper: the instruction-tuned start ends higher, the raw one gains more."""
+    rows, sentence = [], []
+    for start in ("tuned", "raw"):
+        before, after = (tested(f"{start}-1M", m, "OOD") for m in ("base", "specialized"))
+        gain = [b - a for a, b in zip(before, after)]
+        rows.append((start, [before, after, gain]))
+        sentence.append(f"the {start} start ends at {text(*mean(after))} and gains "
+                        f"{text(*mean(gain))}")
+    show("3. Start: out-of-distribution mean", ["before", "after", "gain"], rows)
+    curves_plot(FOLDER / "finding_3.png", {s: curve(f"{s}-1M", "OOD") for s in ("tuned", "raw")},
+                "out-of-distribution mean (%)")
+    return f"Out of distribution {', '.join(sentence)}."
+
+
+def finding_4():
+    """Loss. Paper: matching distributions converges faster than likelihood, and ends about
+    equal."""
+    names = {"tuned-1M": "KL", "likelihood": "likelihood"}
+    curves = {label: curve(name, "OOD") for name, label in names.items()}
+    rows = [(label, [tested(name, "specialized", c) for c in ("toy-GSM8K", "OOD")])
+            for name, label in names.items()]
+    show("4. Loss: test parts at the end", ["toy-GSM8K", "OOD mean"], rows)
+    curves_plot(FOLDER / "finding_4.png", curves, "out-of-distribution mean (%)")
+    early = curves["KL"][len(curves["KL"]) // 4][0]
+    parts = [f"{label} reaches {at(points, early)} by step {early} and {text(*mean(cells[1]))} at "
+             f"the end" for (label, points), (_, cells) in zip(curves.items(), rows)]
+    return f"Out of distribution {', '.join(parts)}."
+
+
+def finding_5():
+    """Data format. Paper: in-context data keep both abilities; zero-shot data improve the zero-shot
+    one and destroy the in-context one."""
+    names = {"in_context": "in-context data", "zero_shot": "zero-shot data", "tuned-1M": "mixed"}
+    columns = {"toy-GSM8K": "zero-shot", "toy-GSM8K, 4 shots": "in context"}
+    rows = [("start", [tested("tuned-1M", "base", c) for c in columns])]
+    rows += [(label, [tested(name, "specialized", c) for c in columns])
+             for name, label in names.items()]
+    show("5. Data format: toy-GSM8K", list(columns.values()), rows)
+    curves_plot(FOLDER / "finding_5.png",
+                {label: curve(name, "gsm8k") for name, label in names.items()},
+                "toy-GSM8K, zero-shot (%)")
+    parts = [f"{label} {text(*mean(a))} zero-shot and {text(*mean(b))} in context"
+             for label, (a, b) in rows]
+    return f"On toy-GSM8K: {'; '.join(parts)}."
+
+
+def finding_6():
+    """Selection. Paper: late in tuning, accuracy in and out of distribution fluctuate differently,
+    so selecting on the out-of-distribution sets costs a little in distribution and gains out of
+    distribution."""
+    correlations, rows = [], {"in distribution": [], "out of distribution": []}
+    for entries, seed in zip(evaluations("long"), SEEDS):
+        late = entries[len(entries) // 2 :]
+        inside, outside = ([measured(e, c) for e in late] for c in ("gsm8k", "OOD"))
+        correlations.append(statistics.correlation(inside, outside))
+        for label, column in zip(rows, ("gsm8k", "OOD")):
+            best = max(entries[1:], key=lambda e: (measured(e, column), e["step"]))["step"]
+            rows[label].append(test_checkpoint(FOLDER / f"long-{seed}", best))
+    show("6. Selection: test parts of the checkpoint selected",
+         ["toy-GSM8K", "OOD mean"], [(label, zip(*pairs)) for label, pairs in rows.items()])
+    curves = {"toy-GSM8K": curve("long", "gsm8k"), "OOD mean": curve("long", "OOD")}
+    curves_plot(FOLDER / "finding_6.png", curves)
+    difference = [b[1] - a[1] for a, b in zip(*rows.values())]
+    return (f"In the second half of a long run the two validation curves correlate by "
+            f"{mean(correlations)[0]:.2f} ± {mean(correlations)[1]:.2f}; selecting out of "
+            f"distribution changes the out-of-distribution test mean by {text(*mean(difference))}.")
+
+
+def test_checkpoint(run, step):
+    """Return a checkpoint's test accuracies on toy-GSM8K and out of distribution, in percent."""
+    path = run / f"tested-{step}.json"
+    if not path.exists():
+        model, tokenizer = load_pretrained(run / f"checkpoint-{step}")
+        accuracy = {task: 100 * evaluate_task(model, tokenizer, task, True, "test", TOY,
+                                              max_new_tokens=64).accuracy for task in DATASETS}
+        ood = statistics.mean(accuracy[task] for task in DATASETS if DATASETS[task].select)
+        path.write_text(json.dumps([accuracy["gsm8k"], ood]))
+    return json.loads(path.read_text())
+
+
+FINDINGS = finding_1, finding_2, finding_3, finding_4, finding_5, finding_6
+
+
+def main():
+    """Run the unfinished experiments, then print tables and sentences and draw the plots."""
+    parser = argparse.ArgumentParser(description="Reproduce the paper's findings on the toy world.")
+    parser.add_argument("--jobs", type=int, default=2,
+                        help="experiments at a time, one core each (default: 2)")
+    run_all(parser.parse_args().jobs)
+    for finding in FINDINGS:
+        print(f"\n{finding()}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -43,6 +43,7 @@ SAMPLES, TEMPERATURE = 40, 0.5  # the teacher's solutions per question
 MERGES, VOCABULARY = 130, 512  # the teacher's BPE merges, the students' pieces
 WIDTHS = {"0.1M": 32, "0.25M": 64, "1M": 128, "1.7M": 176}  # d_model, by the number of parameters
 RAW_STEPS, TUNE_STEPS, BATCH, WINDOW, LEARNING_RATE = 5500, 1200, 48, 16, 1e-3
+SAVE_EVERY = 16 * WINDOW
 
 CANARY = "The toy world's test problems: keep them out of training."
 
@@ -310,9 +311,17 @@ def point_heads(model, strength=5.0):
         decoder[head + 1, head] += strength
 
 
-def train(model, tokenizer, draw, steps, unfinished):
+def new_model(tokenizer, width):
+    """Return a T5 with random weights, of the shape that all sizes share."""
+    return T5(T5Config(
+        vocab_size=-(-len(tokenizer.pieces) // 64) * 64, d_model=width, d_kv=width // 8,
+        d_ff=7 * width // 4, num_layers=3, num_decoder_layers=2, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu"))
+
+
+def train(model, tokenizer, draw, steps, unfinished, stop=None):
     """Train by likelihood with AdamW, linear warm-up and cosine decay. The file `unfinished` keeps
-    the state between windows of batches.
+    the state every SAVE_EVERY steps. stop: the step to stop at, for tests.
 
     Embeddings and position biases have a higher learning rate, because their values are larger. (T5
     was trained by Adafactor, whose steps are relative to each matrix.) The model learns to find and
@@ -333,7 +342,7 @@ def train(model, tokenizer, draw, steps, unfinished):
         rng.setstate(state["rng"])
     model.train()
     start, mean = time.time(), 0
-    for step in range(first, steps):
+    for step in range(first, stop or steps):
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * LEARNING_RATE * min((step + 1) / 100, cosine)
@@ -351,7 +360,7 @@ def train(model, tokenizer, draw, steps, unfinished):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         mean += (loss.item() - mean) / min(step - first + 1, 100)
-        if (step + 1) % (16 * WINDOW) == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             print(f"{unfinished.stem} step {step + 1}/{steps}  loss {mean:.3f}  "
                   f"{time.time() - start:.0f} s", flush=True)
             torch.save({"step": step + 1, "model": model.state_dict(),
@@ -367,11 +376,8 @@ def pretrain(size):
     sets, generic = make_problems()
     held_out = {example[0] for _, examples in generic.values() for example in examples}
     held_out |= {s.question for stories in sets.values() for s in stories}
-    tokenizer, width = Tokenizer(HERE / "spiece.model"), WIDTHS[size]
-    model = T5(T5Config(
-        vocab_size=-(-len(tokenizer.pieces) // 64) * 64, d_model=width, d_kv=width // 8,
-        d_ff=7 * width // 4, num_layers=3, num_decoder_layers=2, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu"))
+    tokenizer = Tokenizer(HERE / "spiece.model")
+    model = new_model(tokenizer, WIDTHS[size])
     point_heads(model)
     print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters")
     for name, draw, steps in (("raw", plain_text, RAW_STEPS), ("tuned", instruction, TUNE_STEPS)):
