@@ -70,9 +70,8 @@ def parse_multiarith(entry):
     return Problem(entry["sQuestion"].strip(), float(entry["lSolutions"][0]))
 
 def parse_asdiv(node):
-    """Parse a problem of ASDiv: body and question, and an answer such as `9 (apples)`.
-
-    Of the 2,305 answers 212 are not one number (names, times, ratios, lists). They stay text."""
+    """Parse a problem of ASDiv: body and question, and an answer such as `9 (apples)`. Of
+    the 2,305 answers 212 are not one number (names, times, ratios, lists) and stay text."""
     body, question, answer = (node.findtext(tag).strip() for tag in ("Body", "Question", "Answer"))
     return Problem(f"{body} {question}", parse_gold_answer(re.sub(r"\s+\([^()]*\)", "", answer)))
 
@@ -89,7 +88,7 @@ def parse_bbh(entry):
 def parse_gold_answer(text):
     """Return a published answer as a float if it is one number, otherwise as text."""
     text = re.sub(r"[()]", "", text).strip().removesuffix(".")
-    return extract_number(text) if NUMBER.fullmatch(text) else text
+    return extract_number(text) if NUMBER.fullmatch(plain_spelling(text).strip()) else text
 
 # --- problem sets ---
 
@@ -255,48 +254,61 @@ def bbh_demonstrations(task, cot, folder):
 
 # --- answers ---
 
-# A number as people write it. A hyphen after a letter, digit, bracket, "%" or "." is no sign, nor
-# is one after a digit, ")", "%" or "." and a space, as in "48 - 24".
+# Other spellings of numbers -> the spelling that NUMBER reads, replaced in this order.
+PLAIN_SPELLINGS = {
+    r"(?s)^(\D*\d.*?)(?<=[^\s*#])\s[\s*#]*(?:Q|Question|Problem)[ \d]*:.*": r"\1",  # 72\n\nQ: Is 5
+    r"\\?[$€£]|\\!": "",  # -$5, $-5, \$5; 70,\!000
+    r"[\u2010-\u2013\u2212\ufe63\uff0d]|\u2014(?=\d)": "-",  # dashes and minus signs
+    r"(?<=\d)(?<!\d{4})\{?\\?,\}?(?=\d{3}(?!\d))": "",  # 9,500; 9{,}500; 9\,500
+    r"(?: |\\,)?(-?)\\.?frac(?:\{(-?[\d.]+)\}\{(\d+)\}|(\d)(\d))": r" \1\2\4/\3\5",  # \frac{3}{4}
+    r"(?<=[a-zA-Z}])\^\{?-?\d+\}?|(?<=\Wm|\dm|[cdkm]m|ft|in|yd|mi)[23]\b": "",  # m^2, cm2
+    r"(?<=\d) *(?:[x×*]|\\times|\\cdot) *10\^\{?(-?\d+)\}?": r"e\1",  # 1.5 x 10^3
+    # A hyphen before a number is its sign, unless it joins the number to what precedes it.
+    r"(\bis:?|[=({]) *- +(?=[.\d])": r"\1 -",  # a sign, as in -5: is - 5, = - 5, (- 5)
+    r"(?<=[\w)%.])(?<!\d[eE])-|(?<=[\d)%.] )-": " - "}  # no sign: 48-24, 48 -24, x-5; but 1e-3
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)%.])(?<![\d)%.] )[-−]\$?|\$-)?\$?"  # -5, −5, -$5, $-5
-    r"(?P<value>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.?\d+)"  # 1,234.50 or 12 or .5
-    r"(?:/(?P<denominator>[1-9]\d*)(?!\d|\.\d))?"  # 1/2
-)
+    r"(?P<sign>-)?(?:(?P<whole>\d+) (?=\d+ ?/ ?[1-9]))?"  # -5; the 2 of 2 1/2
+    r"(?P<value>\d*\.?\d+(?:[eE][+-]?\d+)?)"  # 12 or .5 or 1.5e3
+    r"(?: ?/ ?(?P<denominator>[1-9]\d*)(?!\d|\.\d))?")  # 1/2 or 3 / 4
+
+def plain_spelling(text):
+    """Return a text with its numbers spelled as NUMBER reads them."""
+    for pattern, plain in PLAIN_SPELLINGS.items():
+        text = re.sub(pattern, plain, text)
+    return text
 
 def extract_number(text):
     """Return the final answer of a math solution: the last number in it, or None."""
-    matches = list(NUMBER.finditer(text))
-    if not matches:
+    *_, last = None, *NUMBER.finditer(plain_spelling(text))
+    if not last:
         return None
-    last = matches[-1]
-    value = float(last["value"].replace(",", "")) / float(last["denominator"] or 1)
+    value = float(last["whole"] or 0) + float(last["value"]) / float(last["denominator"] or 1)
     return -value if last["sign"] else value
 
 def extract_choice(text):
     """Return the final answer of a BBH output by the benchmark's rule.
 
     It is what follows the last "answer is ", without a final period, or else the complete text, as
-    in answer-only outputs. Compare with ==: an output such as "(A) or (B)" matches neither option.
-    """
+    in answer-only outputs. Compare with ==: an output like "(A) or (B)" matches neither option."""
     _, phrase, answer = text.rpartition("answer is ")
     return answer.strip().removesuffix(".") if phrase else answer.strip()
 
 def exact_match(output, answer):
     """Return whether the final answer of an output equals the gold answer, a float or a text."""
-    if isinstance(answer, float):
-        return extract_number(output) == answer
-    return extract_choice(output) == answer
+    extract = extract_number if isinstance(answer, float) else extract_choice
+    return extract(output) == answer
 
 def authors_match(output, answer, is_math, cot):
     """Score an output by the rules behind the paper's figures; answer is a text.
 
     Math: the last digits of output and answer agree, so signs do not count and "1,080" is read as
-    80. BBH: the answer occurs anywhere after "the answer is" (in lower case), or anywhere in an
-    answer-only output."""
+    80. BBH: the answer occurs between the first "the answer is" (in lower case) and the second or
+    the end, or anywhere in an answer-only output."""
     if is_math:
         predicted, target = (re.findall(r"\d*\.?\d+", text) for text in (output, answer))
         return bool(predicted and target) and float(predicted[-1]) == float(target[-1])
-    return answer in (output.partition("the answer is")[2] if cot else output)
+    stated = (output.split("the answer is") + [""])[1] if cot else output
+    return answer in stated
 
 def self_consistency(outputs, extract):
     """Return the first sampled output whose answer is the most common one (Wang et al., 2022,

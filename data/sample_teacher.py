@@ -32,7 +32,7 @@ from urllib.request import Request, getproxies, proxy_bypass, urlopen
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval import DEFAULT_DATA, exact_match, extract_choice, extract_number, load
 from eval import math_prompt, number_text, parse_gsm8k, read_problems
-from specialize import parse_record
+from specialize import MAX_LINE, parse_record
 from t5 import UserError, in_range, run_command, show_progress
 
 TOP_LOGPROBS = 5  # per token, as many as the paper's teacher reported
@@ -154,20 +154,31 @@ def write_records(log, problems, args):
             counts.update({"all": 1, "right": right, "cut off": cut_off})
             counts["empty"] += cut_off and not answer["solution"]
             if right:
-                record = {"question": problem.question, "answer": number_text(problem.answer)}
-                record |= answer
-                try:
-                    parse_record(record, "")
-                except MALFORMED:  # training would refuse its distributions
-                    record = {key: record[key] for key in ("question", "answer", "solution")}
-                counts["text only"] += "tokens" not in record
-                file.write(json.dumps(record) + "\n")
+                record = make_record(problem, answer)
+                counts["text only"] += bool(record) and "tokens" not in record
+                counts["too long"] += not record
+                file.write(json.dumps(record) + "\n" if record else "")
     summary = summarize(counts, votes, problems)
-    if not counts["right"]:
+    if counts["right"] == counts["too long"]:
         unfinished.unlink()
-        raise UserError(f"no answer is right.\n{summary}\nRead the answers in {log.path}.")
+        fault = "every right answer is too long" if counts["right"] else "no answer is right"
+        raise UserError(f"{fault}.\n{summary}\nRead the answers in {log.path}.")
     os.replace(unfinished, args.out)
     return f"{summary}\nThe right answers are in {args.out}, all answers in {log.path}."
+
+def make_record(problem, answer):
+    """Return a right answer as a teacher record that training accepts.
+
+    It is without tokens if training would refuse them, and empty if the text is too long, too."""
+    for fields in (answer, {"solution": answer["solution"]}):
+        record = {"question": problem.question, "answer": number_text(problem.answer), **fields}
+        try:
+            parse_record(record, "")
+            if len(json.dumps(record)) < MAX_LINE:  # the line also has a line feed
+                return record
+        except MALFORMED:
+            pass
+    return {}
 
 def summarize(counts, votes, problems):
     """Return the accuracies, and what was lost, as text."""
@@ -183,6 +194,9 @@ def summarize(counts, votes, problems):
     if counts["text only"]:
         text += f"\n{counts['text only']:,} right answers came without usable log-probabilities: "
         text += "they train by likelihood only."
+    if counts["too long"]:
+        text += f"\n{counts['too long']:,} right answers are longer than training accepts and were "
+        text += "left out. Use a smaller --max-tokens, or shorter questions, and another --out."
     return text
 
 # --- the client ---
@@ -350,6 +364,8 @@ class ResponseLog:
     def answers(self, problems, samples):
         """Yield (problem, answer) for the first `samples` answers to each question."""
         count = collections.Counter()
+        if not self.path.exists():
+            return
         with open(self.path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if number == 1 or not line.endswith(b"\n"):  # the settings; not yet complete
@@ -446,6 +462,8 @@ def main():
         settings = {**{name: vars(args)[name] for name in names}, "prompt": prompt("{question}")}
         with log.open(settings):
             sample(client, log, problems, prompt, args)
+    elif not any(log.answers(problems, args.samples)):
+        raise UserError(f"{log.path}: no answers to these questions yet. Run without --write-only.")
     print(write_records(log, problems, args))
 
 if __name__ == "__main__":

@@ -54,9 +54,39 @@ def test_scores_of_published_bbh_outputs_are_the_published_figures(datasets):
     ("48 + 24 = 72 clips.\nThe answer is 72.", 72), ("The answer is $1,234.50", 1234.5),
     ("is -5", -5), ("−3", -3), ("-$5", -5), ("$-5", -5), ("(-7)", -7), ("x=-4", -4), ("2 -3", 3),
     ("48 - 24", 24), ("48-24", 24), ("5-10 minutes", 10), ("is 1/2.", 0.5), ("1/2.5", 2.5),
-    ("50%", 50), (".5", 0.5), ("109,200,000", 109200000), ("3.", 3), ("A 1/0", 0), ("none", None)])
+    ("50%", 50), (".5", 0.5), ("109,200,000", 109200000), ("3.", 3), ("A 1/0", 0), ("none", None),
+    ("Question: Is 5?\n72", 72), ("5 Q: 6", 5)])
 def test_the_final_number_is_read_as_people_write_it(text, number):
     assert extract_number(text) == number
+
+@pytest.mark.parametrize("texts, number", [
+    ([r"\boxed{9{,}500}", r"9{\,}500", r"9\,500", r"9,\!500.", r"$9{,}500.00$"], 9500),
+    ([r"\frac{3}{4}", r"\boxed{\dfrac{3}{4}}", r"\tfrac34", "3 / 4", "1/2 and 3/4"], 0.75),
+    ([r"-\frac{3}{4}", r"\frac{-3}{4}", r"is - \frac34", "-3 / 4"], -0.75),
+    (["2 1/2", r"2\frac{1}{2}.", r"2 \frac12", r"2\,\dfrac{1}{2}", r"$2\frac{1}{2}$"], 2.5),
+    (["-2 1/2", r"$-2\frac12$"], -2.5), ([r"\frac{12}{x}", "12 / day", "24/2 = 12"], 12),
+    (["18 m^2", "18 cm^3", "18 m2", "18km2.", "18 ft2", "18 m²", r"18\text{ m}^{2}"], 18),
+    (["1.5e3", "1.5E+3", "1.5 x 10^3", r"1.5 \times 10^{3}"], 1500),
+    (["2e-3", "2 × 10^-3"], 0.002), (["10^2 = 100", "1e2"], 100),
+    (["–5", "—5", "‑5", "－5", "−$5", "- 5", "– 5", "is: - 5", "= -5", "(- 5)", r"\boxed{- 5}",
+      r"-\$5", r"$-\$5$", "-£5", "-5 (x - 10 = -5)"], -5),
+    (["10 – 5 = 5", "10–5", "3–5 days", "$3–$5", "1 -5", "x-5", "\n- 5 cats", "only — 5"], 5),
+    (["72\n\nQ: Is 5?", "72\nQuestion 2: 5", "72 Q: 5", "72\n\n**Question:** 5",
+      "72\n\n### Problem: 5", "as follows.\n\nQuestion: Is 5?\nIt is 72"], 72)])
+def test_other_spellings_of_a_number_mean_the_same(texts, number):
+    for text in texts:
+        assert extract_number(f"The answer is {text}") == number, text
+
+def test_cases_of_public_bug_reports(real):
+    for name, read in (("answers", extract_number), ("gold", ev.parse_gold_answer)):
+        for case in map(json.loads, (real / "cases" / f"{name}.jsonl").read_text().splitlines()):
+            assert read(case.get("text") or case["written"]) == case["number"], case
+
+@pytest.mark.parametrize("written, answer", [
+    ("18.", 18), ("$1,000.", 1000), ("−3", -3), ("3/4", 0.75), (r"\frac{3}{4}", 0.75),
+    ("2 1/2", 2.5), ("1.5e3", 1500), ("3 - 1", "3 - 1"), ("5:45", "5:45"), ("18 m2", "18 m2")])
+def test_a_gold_answer_is_a_number_if_nothing_else_is_written(written, answer):
+    assert ev.parse_gold_answer(written) == answer
 
 @pytest.mark.parametrize("text, answer", [
     ("Let's see. So the answer is (B).", "(B)"), ("(C)", "(C)"), (" yes ", "yes"), ("", ""),
@@ -73,6 +103,7 @@ def test_the_authors_rule_ignores_signs_and_commas_and_accepts_containment():
     assert match("-5", "so 5", "so -5", "five", is_math=True) == [True, True, False]
     assert match("1,080", "80", "1,080", "1080", is_math=True) == [True, True, False]
     assert match("(C)", "the answer is (B) or (C).", "(C), so the answer is (B)") == [True, False]
+    assert match("(C)", "the answer is (B), so the answer is (C)") == [False]
     assert match("no", "the answer is not.") == match("(C)", "(B) (C)", cot=False) == [True]
 
 def test_every_gold_answer_is_right_by_both_rules_however_it_is_written(datasets):
@@ -92,6 +123,7 @@ def test_extraction_takes_any_text():
     rng = random.Random(5)
     texts = [random_text(rng) for _ in range(3000)] + ["9" * 5000, "1/" + "9" * 5000, "," * 50_000]
     texts += ["1" * 400 + "/" + "2" * 400, "1,111" * 20_000, "answer is " * 20_000, "(A" * 20_000]
+    texts += [part * 20_000 for part in ("* \n", "- ", "1 ", "1 / ", "1e", r"\frac{1", "1{,}")]
     texts += ["((((" * 30 + "=", "-" * 50_000, "1 + " * 20_000 + "=", "٣/٤", "−５", "½ =", "1e999"]
     for text in texts:
         assert isinstance(extract_number(text), (float, type(None)))

@@ -21,7 +21,7 @@ import data.sample_teacher as sample_teacher
 from align import transfer
 from conftest import ROOT, TOY, missing
 from eval import extract_number
-from specialize import parse_record, read_teacher
+from specialize import MAX_LINE, MAX_TEXT, MAX_TOKENS, parse_record, read_teacher
 from t5 import Tokenizer, UserError
 
 class Server(http.server.ThreadingHTTPServer):
@@ -278,6 +278,19 @@ def test_write_only_asks_nothing_and_disturbs_no_other_process(serve, ask, tmp_p
     assert len(records(tmp_path)) == 2 and len(server.requests) == 3
     assert path.read_bytes() == content
 
+def test_write_only_before_the_first_answer_says_so(serve, ask, tmp_path):
+    server = serve(completion)
+    words = "answers.jsonl: no answers to these questions yet. Run without --write-only"
+    settings, other = '{"model": "m"}\n', '{"question": "5?", "answers": [{"solution": "72"}]}\n'
+    for content in (None, settings, settings + other):
+        if content:
+            (tmp_path / "teacher.jsonl.gz.answers.jsonl").write_text(content)
+        with pytest.raises(UserError, match=words):
+            ask(server, "--write-only")
+    with pytest.raises(UserError, match=words):
+        ask(server, "--write-only", "--out", tmp_path / "new" / "teacher.jsonl")
+    assert not server.requests and not list(tmp_path.glob("*.tmp"))
+
 def test_answers_to_other_settings_are_not_mixed(serve, ask):
     server = serve(completion)
     ask(server)
@@ -431,10 +444,12 @@ def test_tokens_that_are_parts_of_a_character_keep_the_others_aligned(parts):
     expected = [0.90484, 0.90484, 1, 1, 0.90484, 0.8]
     assert probs[:, 0] == pytest.approx(expected, abs=1e-4)
 
-def test_sentencepiece_tokens_spell_the_text():
+@pytest.mark.parametrize("skipped", [0, 6])
+def test_sentencepiece_tokens_spell_the_text(skipped):
     tokens = ["▁She", "▁sold", "<0x0A>", "7", "2"]
+    tokens = [*tokens, "</think>", *tokens, "</s>"][skipped:]  # thinking that the text leaves out
     top = [{token: -0.1, "▁had": -2.5} for token in tokens]
-    logprobs = {"tokens": tokens, "token_logprobs": [-0.1] * 5, "top_logprobs": top}
+    logprobs = {"tokens": tokens, "token_logprobs": [-0.1] * len(tokens), "top_logprobs": top}
     answer = sample_teacher.parse_choice(
         {"text": "She sold\n72", "finish_reason": "stop", "logprobs": logprobs})
     assert answer["tokens"] == [" She", " sold", "\n", "7", "2"]
@@ -520,6 +535,30 @@ def test_log_probabilities_that_training_would_refuse_are_left_out(serve, ask, t
     assert "6 right answers came without" in ask(server, "--parallel", 1)
     with_steps = [one for one in read_teacher(tmp_path / "teacher.jsonl.gz") if one.steps]
     assert len(with_steps) == 3
+
+def long_completion(words):
+    """A choice of so many one-word tokens and a right answer."""
+    tokens = ["so "] * words + ["The answer is 72"]
+    top = [{token: -0.1, " other": -3.0} for token in tokens]
+    logprobs = {"tokens": tokens, "token_logprobs": [-0.1] * len(tokens), "top_logprobs": top}
+    return {"text": "".join(tokens), "logprobs": logprobs, "finish_reason": "stop"}
+
+def test_right_answers_that_are_too_long_lose_their_tokens_or_are_left_out(serve, ask, tmp_path):
+    choices = [completion(), long_completion(MAX_TOKENS), long_completion(MAX_TEXT // 3)]
+    choices[0]["logprobs"]["top_logprobs"][3]["x" * MAX_LINE] = -9.0
+    server = serve(lambda prompt, number: choices[number % 3])
+    printed = ask(server, "--parallel", 1)
+    assert "6 right answers came without" in printed and "single sample is right 75.00%" in printed
+    assert "3 right answers are longer than training accepts and were left out" in printed
+    found = list(read_teacher(tmp_path / "teacher.jsonl.gz"))
+    assert len(found) == 6 and not any(record.steps for record in found)
+    lengths = {len(record.problem.solution) for record in found}
+    assert lengths == {len(completion()["text"].strip()), len(choices[1]["text"])}
+
+def test_if_every_right_answer_is_too_long_nothing_is_written(serve, ask, tmp_path):
+    with pytest.raises(UserError, match="every right answer is too long.(.|\n)*answers.jsonl"):
+        ask(serve(lambda prompt, number: long_completion(MAX_TEXT // 3)), "--samples", 1)
+    assert [path.name for path in tmp_path.glob("t*")] == ["teacher.jsonl.gz.answers.jsonl"]
 
 def test_an_answer_without_a_field_is_used_as_far_as_possible():
     complete = completion()["logprobs"]
