@@ -2,7 +2,7 @@
 
 The order is that of an answer: a problem is read and becomes a prompt, the model writes an output,
 the final answer is extracted and compared. Exact match counts; the looser rule of the paper's
-authors is computed beside it. A calculator, tables, plots and the command come last.
+authors is computed beside it. Tables, plots and the command come last.
 
     python eval.py google/flan-t5-base google/flan-t5-large --tasks gsm8k,multiarith,asdiv,svamp,bbh
     python eval.py --show 5 runs/predictions.jsonl
@@ -320,7 +320,7 @@ def self_consistency(outputs, extract):
 # --- accuracy ---
 
 def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tokens=256, samples=1,
-             temperature=0.7, use_calculator=False, task="gsm8k", cot=True, file=None):
+             temperature=0.7, task="gsm8k", cot=True, file=None):
     """Evaluate a model on problems: greedily, or by majority vote over sampled outputs.
 
     prompt: a function from question to input (default: zero-shot math, chain of thought or not).
@@ -337,8 +337,6 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
     options = {"max_new_tokens": max_new_tokens, "num_samples": samples}
     if samples > 1:
         options |= {"temperature": temperature, "generator": torch.Generator(device).manual_seed(0)}
-    if use_calculator:
-        options["logits_processor"] = calculator(tokenizer)
 
     # Problems of similar length share a batch, so that little is padded. The longest come first: if
     # they fit into memory, all do.
@@ -415,60 +413,6 @@ def summarize(predictions, rule="correct", baseline=None):
     variances = [np.var(values) / len(values) for values in scores.values()]  # of each mean
     stderr = float(np.sum(variances)) ** 0.5 / len(scores)
     return Evaluation(float(np.mean(means)), stderr, predictions)
-
-# --- a calculator for decoding ---
-
-def calculator(tokenizer):
-    """Return a logits processor that makes the model write the value after "48 / 2 =".
-
-    Cobbe et al., 2021 (arXiv 2110.14168) trained with a calculator; here it only helps decoding. If
-    the text before "=" is not clearly arithmetic, the model is left alone."""
-    equals = {i for i, piece in enumerate(tokenizer.pieces) if piece.endswith("=")}
-    marks = {i for i, piece in enumerate(tokenizer.pieces) if piece in (".", ",")}
-    digits = [i for i, piece in enumerate(tokenizer.pieces) if re.match(r"[.,]?\d", piece)]
-
-    @functools.lru_cache(maxsize=4096)
-    def value_ids(ids):
-        text = tokenizer.decode(ids)
-        value = None if UNK in ids else compute(text)  # <unk> may be an operator
-        if not value:
-            return []
-        if text.endswith(" ="):
-            return tokenizer.encode(value)[:-1]  # "▁24", without </s>
-        return tokenizer.encode("=" + value)[1:-1]  # "24": no space after "=" alone
-
-    def process(rows, logits):  # (B, t), (B, V) -> (B, V)
-        for row, ids in enumerate(rows.tolist()):
-            start = max((t + 1 for t, i in enumerate(ids) if i in equals), default=0)
-            value = value_ids(tuple(ids[:start])) if start else []
-            written = ids[start:]
-            if value and (written == value or written[:-1] == value and written[-1] in marks):
-                logits[row, digits] = -math.inf  # no more digits, and no decimals
-            elif value and written == value[: len(written)]:
-                logits[row] = -math.inf
-                logits[row, value[len(written)]] = 0
-        return logits
-
-    return process
-
-def compute(text):
-    """Return the value of the arithmetic before a final "=", as text, or None if in doubt."""
-    text = text.removesuffix("=").rstrip()[-101:]
-    # Digits, operators and brackets up to the end, beginning with a word; an x only as operator.
-    symbol = r"(?:[\d\s.,+*/()$-]|(?<=\d)x(?=\d)|(?<=\s)x(?=\s))"
-    found = re.search(rf"(?:^|(?<=\s))[\d$(.-]{symbol}*$", text)
-    if not found or len(found[0]) > 100 or re.search(r"( of|\dx)\s$", text[: found.start()]):
-        return None
-    expression = re.split(r"[.,]\s+", found[0])[-1]  # drop the end of a sentence
-    unclear = re.search(r"^[+*/x]|^- |\d\s*\(|\)\s*[\d(]|\d\s+\d|\*\*|//", expression)
-    if unclear or not re.search(r"[\d)]\s*[-+*/x]", expression):
-        return None
-    try:  # eval sees nothing but digits, operators and brackets
-        value = eval(expression.translate(str.maketrans("x", "*", "$,")), {"__builtins__": {}})
-        digits = f"{value:.4f}".rstrip("0").rstrip(".")
-    except (SyntaxError, ZeroDivisionError, OverflowError, TypeError, ValueError, MemoryError):
-        return None
-    return None if value and float(digits) == 0 else "$" * ("$" in expression) + digits
 
 # --- predictions, tables ---
 
@@ -707,7 +651,6 @@ def parse_arguments():
         "over N sampled outputs (default: 1, greedy decoding)")
     add("--temperature", type=in_range(float, above=0), default=0.7, help="sampling temperature "
         "with --samples (default: 0.7)")
-    add("--calculator", action="store_true", help="after '=', force the correct value")
     add("--data", type=Path, default=DEFAULT_DATA, help="folder of the problem sets")
     add("--split", default="test", choices=["validation", "test", "all"], help="part of the math "
         "sets (default: test)")
@@ -755,8 +698,7 @@ def main():
         dtype = getattr(torch, args.dtype)
         model, tokenizer = load_pretrained(name, device=args.device, dtype=dtype)
         decoding = {"max_new_tokens": args.max_new_tokens, "samples": args.samples,
-                    "temperature": args.temperature if args.samples > 1 else 0.0,
-                    "use_calculator": args.calculator}
+                    "temperature": args.temperature if args.samples > 1 else 0.0}
         file = PredictionFile(args.out, name, weights=weights_hash(model), dtype=args.dtype,
                               cot=args.cot, shots=args.shots, **decoding)
         models[name] = [

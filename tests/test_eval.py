@@ -17,7 +17,7 @@ import torch
 import eval as ev
 from conftest import TOY, damage, half, random_text, reference
 from eval import authors_match, exact_match, extract_choice, extract_number
-from t5 import T5, Tokenizer, UserError, load_pretrained
+from t5 import T5, UserError, load_pretrained
 
 SIZES = {"gsm8k": (500, 819), "multiarith": (200, 400), "asdiv": (500, 1805), "svamp": (500, 500)}
 
@@ -249,61 +249,6 @@ def test_a_paired_difference_has_the_standard_error_that_resampling_gives():
     assert e.stderr == pytest.approx((new[draws].mean(1) - old[draws].mean(1)).std(), rel=0.05)
     assert e.stderr < 0.7 * math.hypot(ev.summarize(after).stderr, ev.summarize(before).stderr)
 
-# --- the calculator ---
-
-@pytest.mark.parametrize("text, value", [
-    ("48 / 2 =", "24"), ("so 48/2=", "24"), ("She has $5 * 3 =", "$15"), ("0.1 + 0.2 =", "0.3"),
-    ("10/3 =", "3.3333"), ("1,200 * 3 =", "3600"), ("(3 + 4) * -5 =", "-35"), ("3 x 4 =", "12"),
-    ("3x4 =", "12"), ("is 72. 72 - 2 =", "70"), ("in 2019, 24 + 3 =", "27"), ("5 - 10 =", "-5"),
-    ("3 - 3 =", "0"), *((text, None) for text in [
-        "x = 5 =", "3 apples + 4 =", "20% * 5 =", "1/0 =", "2**3 =", "9//2 =", "1e5 + 1 =", "7 =",
-        "=", "((((1 + 2 =", "__import__('os') + 1 =", "()" * 400 + "=", "1+" * 60 + "1 =",
-        "2 (3 + 4) =", "(1 + 2)(3 + 4) =", "1 / 100000 =", "0 - 1 / 100000 =", "3^2 + 1 =",
-        "In 2019 24 + 3 =", "14 * 1 1/2 =", "2 1/2 + 3 =", "n*4 + 3 =", "12cm*(3/4) =", "2x - 3 =",
-        "$350 000 x 12/100 =", "3:30 + 45 =", "$2000x 10/100 =", "half of (50 + 3) ="])])
-def test_only_clear_arithmetic_is_computed(text, value):
-    assert ev.compute(text) == value
-
-def test_the_calculator_agrees_with_the_marks_of_gsm8ks_authors(datasets):
-    texts = (datasets / "gsm8k" / "train.jsonl").read_text()
-    marks = re.findall(r"<<([^=<>]*)=([^=<>]*)>>", texts)  # such as <<48/2=24>>
-    marks = [(ev.compute(e + "="), v) for e, v in marks if re.search(r"\d\s*[+*/-]", e)]
-    known = [(float(c), float(v)) for c, v in marks if c and re.fullmatch(r"-?[\d.]+", v)]
-    assert len(known) > 0.98 * len(marks) > 20000
-    assert sum(abs(c - v) < 0.01 * max(1, abs(v)) for c, v in known) > 0.998 * len(known)
-
-def test_the_calculator_forces_the_value_digit_by_digit(student, tokenizer):
-    for tokenizer in (tokenizer, student[1]):
-        size, process = len(tokenizer.pieces), ev.calculator(tokenizer)
-
-        def allowed(ids):
-            logits = process(torch.tensor([ids]), torch.zeros(1, size))
-            return logits[0].isfinite().nonzero()[:, 0].tolist()
-
-        for text, value in (("So 48 * 26 =", " 1248"), ("48*26=", "1248"), ("So 3 - 96 =", " -93"),
-                            ("She has $0.5 + 4 =", " $4.5")):
-            ids = tokenizer.encode(text)[:-1]
-            while len(allowed(ids)) == 1:
-                ids += allowed(ids)
-            assert tokenizer.decode(ids) == text + value
-            free = {tokenizer.pieces[i] for i in allowed(ids)}
-            assert not {"0", "5"} & free and {"▁", ".", "▁The"} <= free
-            assert allowed([*ids, tokenizer.pieces.index(".")]) == allowed(ids)  # no decimals
-        assert len(allowed(tokenizer.encode("It is 7 =")[:-1])) == size
-
-def test_the_calculator_takes_over_after_the_models_equation(student, monkeypatch):
-    script, force = student[1].encode("Then 48 * 26 =")[:-1], ev.calculator(student[1])
-
-    def scripted(rows, logits):
-        token = script[rows.shape[1] : rows.shape[1] + 1]
-        return logits.index_fill(1, torch.tensor(token), 1e9) if token else force(rows, logits)
-
-    monkeypatch.setattr(ev, "calculator", lambda tokenizer: scripted)
-    e = ev.evaluate(*student, ev.load("gsm8k", "test", TOY)[:4], max_new_tokens=24,
-                    use_calculator=True, samples=2)
-    for text in sum([p["outputs"] for p in e.predictions], []):
-        assert re.match(r"Then 48 \* 26 = 1248(?!\d)", text)
-
 # --- predictions, tables, plots ---
 
 def test_an_interrupted_evaluation_continues_and_only_appends(student, tmp_path, monkeypatch):
@@ -339,7 +284,7 @@ def test_the_command_compares_models_by_both_rules_and_generates_nothing_twice(c
         shutil.copytree(TOY / source, tmp_path / name)
     arguments = ["raw", "student", "--tasks", "svamp, opposites", "--data", TOY, "--limit", 4,
                  "--out", "out.jsonl", "--max-new-tokens", 8, "--device", "cpu", "--answer-only",
-                 "--shots", 4, "--samples", 2, "--calculator"]
+                 "--shots", 4, "--samples", 2]
     printed = command(ev, *arguments)
     header, *rows = [re.split("  +", line) for line in printed.splitlines()]
     assert header == ["accuracy, %", "raw", "student", "student - first"]
