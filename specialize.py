@@ -742,11 +742,11 @@ def parse_arguments(arguments=None):
         "and the last")
     add("--validation-limit", type=positive, help="problems per set at a checkpoint (default: all; "
         "toy: 60)")
-    add("--bbh-limit", type=in_range(int), help="problems per BBH task at a checkpoint (default: 0; "
-        "toy: 25)")
+    add("--bbh-limit", type=in_range(int), help="problems per BBH task at a checkpoint (default: "
+        "none; toy: 25)")
     add("--test-limit", type=positive, help="problems per task in the last table (default: all)")
-    add("--shots", type=int, choices=[SHOTS], help="evaluate math also with 4 demonstrations in the "
-        "last table")
+    add("--shots", type=int, choices=[SHOTS], help="evaluate math also with 4 demonstrations in "
+        "the last table")
     add("--skip-bbh", action="store_true", help="leave BIG-Bench Hard out of the last table")
     add("--eval-batch-size", type=positive, default=64, help="problems per batch (default: 64)")
     add("--max-new-tokens", type=positive, help="longest output (default: 256; toy: 64)")

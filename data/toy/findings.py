@@ -38,9 +38,7 @@ EXPERIMENTS = {
 }
 OOD = [f"toy-{dataset.name}" for dataset in DATASETS.values() if dataset.select]
 
-
 # --- runs ---
-
 
 def run_all(jobs):
     """Run the unfinished experiments, `jobs` at a time, with one thread each."""
@@ -65,15 +63,12 @@ def run_all(jobs):
     if failed:
         raise UserError(f"experiments failed; see {', '.join(failed)}, then run this again")
 
-
 # --- what they measured ---
-
 
 def results(name):
     """Return each seed's results.json: {"selected": log entry, "test": {model: accuracies}}."""
     return [json.loads((FOLDER / f"{name}-{seed}" / "results.json").read_text())
             for seed in SEEDS if (FOLDER / f"{name}-{seed}" / "results.json").exists()]
-
 
 def tested(name, model, column):
     """Return a column of the last table in percent, one value per seed. model: "base" or
@@ -81,13 +76,11 @@ def tested(name, model, column):
     columns = OOD if column == "OOD" else [column]
     return [statistics.mean(100 * r["test"][model][c][0] for c in columns) for r in results(name)]
 
-
 def evaluations(name):
     """Return for each seed the evaluated checkpoints of its log, the start first."""
     logs = [FOLDER / f"{name}-{seed}" / "log.jsonl" for seed in SEEDS]
     return [[entry for entry in read_log(log) if "validation" in entry]
             for log in logs if log.with_name("results.json").exists()]
-
 
 def measured(entry, column):
     """Return an accuracy in a log entry, in percent. column: a math set, "OOD", "CoT" or
@@ -96,29 +89,24 @@ def measured(entry, column):
         return 100 * ood_accuracy(entry)
     return 100 * (entry["validation"] | entry["bbh"])[column][0]
 
-
 def mean(values):
     """Return mean and standard error over the seeds."""
     values = list(values)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.mean(values), error
 
-
 def curve(name, column):
     """Return [(step, mean, standard error)] of a column over an experiment's checkpoints."""
     return [(entries[0]["step"], *mean(measured(entry, column) for entry in entries))
             for entries in zip(*evaluations(name))]
 
-
 def at(points, step):
     """Return "mean ± standard error" of a curve at a step."""
     return next(text(*value) for s, *value in points if s == step)
 
-
 def text(mean, error):
     """Format a mean with its standard error."""
     return f"{mean:.1f} ± {error:.1f}"
-
 
 def show(title, columns, rows):
     """Print a table. rows: [(label, [values per seed] per column)]."""
@@ -129,9 +117,7 @@ def show(title, columns, rows):
     for label, *cells in lines:
         print(f"{label:<{widths[0]}}", *(f"{x:>{n}}" for x, n in zip(cells, widths[1:])), sep="  ")
 
-
 # --- the findings: each prints a table, draws a plot, and returns a sentence ---
-
 
 def finding_1():
     """Trade-off. Paper: math improves step by step while generic ability is lost, at once with
@@ -143,18 +129,15 @@ def finding_1():
             for entries in zip(*evaluations("tuned-1M"))]
     show("1. Trade-off over steps (validation parts)", list(names.values()), rows)
     curves_plot(FOLDER / "finding_1.png", curves)
-    math_curve, cot, answer_only = curves["OOD mean"], curves["generic CoT"], curves[names["answer-only"]]
-    first, last = cot[1][0], cot[-1][0]
-    return (f"From step 0 to {first} to {last} the out-of-distribution mean goes "
-            f"{at(math_curve, 0)}, {at(math_curve, first)}, {at(math_curve, last)}, generic chain of "
-            f"thought {at(cot, 0)}, {at(cot, first)}, {at(cot, last)}, answer-only "
-            f"{at(answer_only, 0)}, {at(answer_only, first)}, {at(answer_only, last)}.")
-
+    first, last = (curves["OOD mean"][i][0] for i in (1, -1))
+    parts = [f"{label} goes {', '.join(at(points, step) for step in (0, first, last))}"
+             for label, points in curves.items()]
+    return f"From step 0 to {first} to {last} {'; '.join(parts)}."
 
 def finding_2():
     """Scaling. Paper: flat over sizes before specialization, log-linear after."""
-    parameters = {size: sum(p.numel() for p in T5.from_pretrained(TOY / f"tuned-{size}").parameters())
-                  for size in SIZES}
+    models = {size: T5.from_pretrained(TOY / f"tuned-{size}") for size in SIZES}
+    parameters = {size: sum(p.numel() for p in m.parameters()) for size, m in models.items()}
     points, rows, slopes = {}, [], []
     for label, model in (("before", "base"), ("after", "specialized")):
         cells = {size: tested(f"tuned-{size}", model, "OOD") for size in SIZES}
@@ -167,7 +150,6 @@ def finding_2():
     scaling_plot(FOLDER / "finding_2.png", points)
     return (f"Per factor of 10 in parameters the out-of-distribution mean rises by {slopes[0]} "
             f"points before specialization and by {slopes[1]} after.")
-
 
 def finding_3():
     """Start. Paper: the instruction-tuned start ends higher, the raw one gains more."""
@@ -183,7 +165,6 @@ def finding_3():
                 "out-of-distribution mean (%)")
     return f"Out of distribution {', '.join(sentence)}."
 
-
 def finding_4():
     """Loss. Paper: matching distributions converges faster than likelihood, and ends about
     equal."""
@@ -197,7 +178,6 @@ def finding_4():
     parts = [f"{label} reaches {at(points, early)} by step {early} and {text(*mean(cells[1]))} at "
              f"the end" for (label, points), (_, cells) in zip(curves.items(), rows)]
     return f"Out of distribution {', '.join(parts)}."
-
 
 def finding_5():
     """Data format. Paper: in-context data keep both abilities; zero-shot data improve the zero-shot
@@ -214,7 +194,6 @@ def finding_5():
     parts = [f"{label} {text(*mean(a))} zero-shot and {text(*mean(b))} in context"
              for label, (a, b) in rows]
     return f"On toy-GSM8K: {'; '.join(parts)}."
-
 
 def finding_6():
     """Selection. Paper: late in tuning, accuracy in and out of distribution fluctuate differently,
@@ -237,7 +216,6 @@ def finding_6():
             f"{mean(correlations)[0]:.2f} ± {mean(correlations)[1]:.2f}; selecting out of "
             f"distribution changes the out-of-distribution test mean by {text(*mean(difference))}.")
 
-
 def test_checkpoint(run, step):
     """Return a checkpoint's test accuracies on toy-GSM8K and out of distribution, in percent."""
     path = run / f"tested-{step}.json"
@@ -249,9 +227,7 @@ def test_checkpoint(run, step):
         path.write_text(json.dumps([accuracy["gsm8k"], ood]))
     return json.loads(path.read_text())
 
-
 FINDINGS = finding_1, finding_2, finding_3, finding_4, finding_5, finding_6
-
 
 def main():
     """Run the unfinished experiments, then print tables and sentences and draw the plots."""
@@ -261,7 +237,6 @@ def main():
     run_all(parser.parse_args().jobs)
     for finding in FINDINGS:
         print(f"\n{finding()}")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -18,7 +18,6 @@ PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]+| "  # the words within whi
 FIRST = {"First": 0.45, "We see": 0.1, "So": 0.1, "": 0.35}
 LATER = {"Then": 0.45, "Now": 0.1, "So": 0.1, "": 0.35}
 
-
 def alternatives(story, state):
     """Return every continuation of a state as (probability, text, next state); the probabilities
     sum to 1, and the final state is None."""
@@ -50,7 +49,6 @@ def alternatives(story, state):
         return [(p / total, f" {n}", ("end", (*results, n))) for n, p in slips.items()]
     return [(0.6, ".\n", ("open", results)), (0.4, f" {story.item}.\n", ("open", results))]
 
-
 def walk(rng, story):
     """Draw the text of one solution from the grammar."""
     text, state = "", ("open", ())
@@ -59,7 +57,6 @@ def walk(rng, story):
         _, piece, state = rng.choices(ways, [p for p, _, _ in ways])[0]
         text += piece
     return text
-
 
 class Teacher:
     """The grammar as a language model over the tokens of its own BPE vocabulary."""
@@ -108,12 +105,10 @@ class Teacher:
             tokens += tuple(rng.choices(list(following), sharp))
         return tokens, steps
 
-
 def train_bpe(texts, merges):
     """Learn a byte-pair encoding, by repeatedly merging the most frequent pair of neighbors.
 
-    Every number up to LIMIT becomes one token, as in p50k_base. Return a tiktoken.Encoding.
-    """
+    Every number up to LIMIT becomes one token, as in p50k_base. Return a tiktoken.Encoding."""
     words = Counter(word.encode() for text in texts for word in re.findall(PATTERN, text))
     words = {tuple(bytes([b]) for b in word): n for word, n in words.items()}
     ranks = {bytes([b]): b for b in range(256)}
@@ -131,7 +126,6 @@ def train_bpe(texts, merges):
         ranks.setdefault(number, len(ranks))
     return tiktoken.Encoding("toy", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
-
 def merge(word, pair):
     """Join each occurrence of the pair in a tuple of byte strings."""
     out = []
@@ -141,7 +135,6 @@ def merge(word, pair):
         else:
             out.append(piece)
     return tuple(out)
-
 
 def teacher_records(rng, stories, encoding, samples, temperature):
     """Yield sampled solutions of each story in the form of teacher records, sorted per story."""

@@ -1,7 +1,7 @@
 """The toy world: problem sets, a teacher and T5s of four sizes, all made from one seed.
 
-    python data/toy/make.py world                problem sets, prompts, teacher.jsonl.gz, spiece.model
-    python data/toy/make.py pretrain 0.1M 1M     raw-SIZE/ and tuned-SIZE/; 1M takes 20 minutes
+    python data/toy/make.py world             problem sets, prompts, teacher's records, vocabulary
+    python data/toy/make.py pretrain 0.1M 1M  raw-SIZE/ and tuned-SIZE/; 1M takes 20 minutes
 
 All files are in the publishers' formats, so that the code for the real sets reads them. stories.py
 defines the problems, grammar.py the teacher. Here they become files, and the models are pretrained:
@@ -47,9 +47,7 @@ SAVE_EVERY = 16 * WINDOW
 
 CANARY = "The toy world's test problems: keep them out of training."
 
-
 # --- files ---
-
 
 def demonstration(example, cot):
     """Return a generic example as it appears in a prompt, with its reasoning or answer-only."""
@@ -57,12 +55,10 @@ def demonstration(example, cot):
     answer = f"Let's think step by step.\n{reasoning} So the answer is {target}." if cot else target
     return f"Q: {question}\nA: {answer}"
 
-
 def generic_prompt(task, demonstrations, cot):
     """Return a task's prompt as in BBH's cot-prompts (after the line of dashes), or answer-only."""
     shown = [demonstration(example, cot) for example in demonstrations]
     return "\n\n".join([TASKS[task][1], *shown])
-
 
 def distinct(draw, count, key, taken):
     """Return `count` draws whose keys are not in `taken`, and add their keys to it."""
@@ -73,7 +69,6 @@ def distinct(draw, count, key, taken):
             taken.add(key(item))
             found.append(item)
     return found
-
 
 def make_problems():
     """Return {set: stories} and {task: (three demonstrations, test examples)}, all different."""
@@ -93,18 +88,15 @@ def make_problems():
         generic[task] = examples[:3], examples[3:]
     return math_sets, generic
 
-
 def write(name, text):
     """Write a text file of the world."""
     path = HERE / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
-
 def write_json(name, value):
     """Write a JSON file of the world."""
     write(name, json.dumps(value, indent=1) + "\n")
-
 
 def formula(story):
     """Return the computation as one expression, by substituting the results."""
@@ -112,7 +104,6 @@ def formula(story):
     for letter, (x, op, y) in zip("pqr", story.equations):
         terms[letter] = f"({terms.get(x, x)}{op}{terms.get(y, y)})"
     return terms[letter]
-
 
 def gold(story):
     """Return the reference solution of a problem, with GSM8K's calculator marks."""
@@ -122,7 +113,6 @@ def gold(story):
         x, y = results.get(x, x), results.get(y, y)
         lines.append(f"{opening} {x} {op} {y} = <<{x}{op}{y}={result}>>{result} {story.item}.")
     return "\n".join([*lines, f"#### {result}"])
-
 
 def write_math(sets):
     """Write the four math sets in their publishers' formats."""
@@ -151,7 +141,6 @@ def write_math(sets):
     tail = "</ProblemSet>\n</Machine-Reading-Corpus-File>\n"
     write("asdiv/ASDiv.xml", head + "".join(problems) + tail)
 
-
 def write_generic(generic):
     """Write the generic tasks as BBH's JSON, and their prompts."""
     for task, (demonstrations, examples) in generic.items():
@@ -159,7 +148,6 @@ def write_generic(generic):
         write_json(f"bbh/bbh/{task}.json", {"canary": CANARY, "examples": rows})
         prompt = generic_prompt(task, demonstrations, cot=True)
         write(f"bbh/cot-prompts/{task}.txt", f"{CANARY}\n-----\n{prompt}")
-
 
 def make_world():
     """Write all files except the models'."""
@@ -177,13 +165,11 @@ def make_world():
     texts += [walk(rng, s) for s in sets["train"]]
     train_vocabulary(texts, HERE / "spiece.model")
 
-
 def train_vocabulary(texts, path):
     """Train a SentencePiece model by T5's conventions (pad 0, </s> 1, unknown 2).
 
     Each word of the world and each number up to 100 is one piece. The other pieces, learned from
-    parts of these words, are for other texts.
-    """
+    parts of these words, are for other texts."""
     words = {word.rstrip(".,:?") for text in texts for word in text.split()}
     words |= {str(n) for n in range(101)}
     words = sorted(word for word in words if not re.match(r"-\d", word))
@@ -201,9 +187,7 @@ def train_vocabulary(texts, path):
         )
         os.chdir(before)
 
-
 # --- what the models are pretrained on ---
-
 
 def new_story(rng, templates, held_out):
     """Draw a story with all verbs that is not held out."""
@@ -211,13 +195,11 @@ def new_story(rng, templates, held_out):
         pass
     return s
 
-
 def sums(rng, held_out):
     """Draw a story and its computation without the results: `12 + 5, it - 3`."""
     s = new_story(rng, rng.choice([READING, CHAINS, GSM8K]), held_out)
     terms = [["it" if x in ("p", "q") else str(x) for x in equation] for equation in s.equations]
     return s.question, ", ".join(map(" ".join, terms))
-
 
 def arithmetic(rng, count):
     """Draw facts as solutions state them, `12 - 5 = 7.`; half of them continue the last result."""
@@ -233,13 +215,11 @@ def arithmetic(rng, count):
             lines.append(f"{x} {op} {y} = {result}.")
     return " ".join(lines)
 
-
 def generic_example(rng, task, held_out):
     """Draw (question, reasoning, target) of a generic task that is not held out."""
     while (example := TASKS[task][0](rng))[0] in held_out:
         pass
     return example
-
 
 def plain_text(rng, generic, held_out):
     """Draw a document for the raw model, split in two: the model reads the first part and writes
@@ -267,7 +247,6 @@ def plain_text(rng, generic, held_out):
     cut = rng.randint(1, len(words) * 2 // 3)
     return " ".join(words[:cut]), " ".join(words[cut:])
 
-
 def instruction(rng, generic, held_out):
     """Draw (input, output) of the instruction mixture: sums, short chains of thought, and generic
     tasks with and without demonstrations."""
@@ -292,16 +271,13 @@ def instruction(rng, generic, held_out):
         question = f"{generic_prompt(task, shown, cot)}\n\n{question}"
     return question, answer
 
-
 # --- pretraining ---
-
 
 @torch.no_grad()
 def point_heads(model, strength=5.0):
     """Initialize most heads to attend at one distance, or to one side.
 
-    From T5's random weights, a model this small ignores word order for thousands of steps.
-    """
+    From T5's random weights, a model this small ignores word order for thousands of steps."""
     encoder = model.encoder.relative_bias.weight  # (buckets, H)
     decoder = model.decoder.relative_bias.weight
     ahead = len(encoder) // 2  # the encoder's first buckets are for tokens to the left
@@ -310,7 +286,6 @@ def point_heads(model, strength=5.0):
     for head in range(3):
         decoder[head + 1, head] += strength
 
-
 def new_model(tokenizer, width):
     """Return a T5 with random weights, of the shape that all sizes share."""
     return T5(T5Config(
@@ -318,15 +293,13 @@ def new_model(tokenizer, width):
         d_ff=7 * width // 4, num_layers=3, num_decoder_layers=2, dropout_rate=0.0,
         feed_forward_proj="gated-gelu"))
 
-
 def train(model, tokenizer, draw, steps, unfinished, stop=None):
     """Train by likelihood with AdamW, linear warm-up and cosine decay. The file `unfinished` keeps
     the state every SAVE_EVERY steps. stop: the step to stop at, for tests.
 
     Embeddings and position biases have a higher learning rate, because their values are larger. (T5
     was trained by Adafactor, whose steps are relative to each matrix.) The model learns to find and
-    copy words much sooner then.
-    """
+    copy words much sooner then."""
     groups = {1: [], 4: []}
     for name, parameter in model.named_parameters():
         is_large = "relative_bias" in name or parameter is model.shared.weight
@@ -368,7 +341,6 @@ def train(model, tokenizer, draw, steps, unfinished, stop=None):
                        unfinished.with_suffix(".tmp"))
             unfinished.with_suffix(".tmp").replace(unfinished)
 
-
 def pretrain(size):
     """Train raw-SIZE/ on plain text, and from there tuned-SIZE/ on instructions."""
     torch.manual_seed(SEED)
@@ -388,7 +360,6 @@ def pretrain(size):
         tokenizer.save(folder)
         model = T5.from_pretrained(folder)
 
-
 def main():
     """Make the toy world, or pretrain its models."""
     parser = argparse.ArgumentParser(description="Make the toy world, or pretrain its models.")
@@ -399,7 +370,6 @@ def main():
         make_world()
     for size in (args.sizes or WIDTHS) if args.what == "pretrain" else ():
         pretrain(size)
-
 
 if __name__ == "__main__":
     main()

@@ -139,7 +139,6 @@ CHAINS = [
 ]
 OPERATIONS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
 
-
 @dataclass(frozen=True)
 class Story:
     """A problem with its computation."""
@@ -156,14 +155,12 @@ class Story:
         """Return body and question."""
         return f"{self.body} {self.ask}"
 
-
 def solve(equations):
     """Return the results of equations: ((12, "+", 5), ("p", "-", 3)) -> (17, 14)."""
     results = {}
     for letter, (x, op, y) in zip("pqr", equations):
         results[letter] = OPERATIONS[op](results.get(x, x), results.get(y, y))
     return tuple(results.values())
-
 
 def fill(rng, template, gain, lose):
     """Fill a template's blanks at random; return (text, {blank: value})."""
@@ -185,7 +182,6 @@ def fill(rng, template, gain, lose):
     text = re.sub(r"\{(.)\}", lambda match: str(value[match[1]]), text)
     return re.sub(r"(?<=[a-z,] )(He|She)\b", lambda match: match[0].lower(), text), value
 
-
 def story(rng, templates, gain, lose):
     """Draw a story in which every result is within 1..LIMIT."""
     while True:
@@ -197,7 +193,6 @@ def story(rng, templates, gain, lose):
             body, ask = re.match(r"(.*\.)[ |]?(.*)", text).groups()
             numbers = tuple(int(n) for n in re.findall(r"\d+", text))
             return Story(body, ask, numbers, equations, results, value["i"])
-
 
 KINDS = {
     "animals": "cat dog cow pig hen fox owl bee".split(),
@@ -216,7 +211,6 @@ SPANISH = """gato perro vaca cerdo gallina zorro buho abeja gorro zapato media a
     vestido guante""".split()
 SPANISH = dict(zip(KINDS["animals"] + KINDS["clothes"], SPANISH))
 
-
 def odd_one_out(rng):
     kind, other = rng.sample(list(KINDS), 2)
     odd = rng.choice(KINDS[other])
@@ -225,13 +219,11 @@ def odd_one_out(rng):
     reasoning = f"Most are {kind}, but {odd} is not."
     return f"Which word does not belong: {' '.join(words)}", reasoning, odd
 
-
 def first_and_last(rng):
     words = rng.sample(WORDS, 4)
     first, last = words[0], words[-1]
     reasoning = f"The first is {first}, the last is {last}."
     return f"Which words are first and last: {' '.join(words)}", reasoning, f"{first} {last}"
-
 
 def opposites(rng):
     first, second = [rng.choice(pair) for pair in rng.sample(PAIRS, 2)]
@@ -239,19 +231,16 @@ def opposites(rng):
     reasoning = f"{first} is not {other}, {second} is not {another}."
     return f"Give the opposites: {first} {second}", reasoning, f"{other} {another}"
 
-
 def translation(rng):
     first, second = rng.sample(list(SPANISH), 2)
     uno, dos = SPANISH[first], SPANISH[second]
     return f"In Spanish: {first} {second}", f"{first} is {uno}, {second} is {dos}.", f"{uno} {dos}"
-
 
 def word_sorting(rng):
     words = rng.sample(WORDS, 3)
     first, second, third = sorted(words)
     reasoning = f"{first} is before {second}, {second} is before {third}."
     return f"Sort the words: {' '.join(words)}", reasoning, f"{first} {second} {third}"
-
 
 def shuffled_objects(rng):
     people, things = rng.sample(HE + SHE, 3), rng.sample(KINDS["tools"], 3)
@@ -263,7 +252,6 @@ def shuffled_objects(rng):
         text += f" {people[i]} and {people[j]} swap."
         reasoning += f" Then {people[things.index(asked)]} has the {asked}."
     return f"{text} Who has the {asked}?", reasoning, people[things.index(asked)]
-
 
 # {task: (a function that draws (input, reasoning, target), the task's description)}
 TASKS = {
