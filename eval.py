@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5 import UNK, UserError, best_device, download, in_range, load_pretrained, model_file
+from t5 import UserError, best_device, download, in_range, load_pretrained, model_file
 from t5 import packed_weights, pad_sequences, run_command, show_progress
 
 import numpy as np

@@ -15,6 +15,8 @@ Letters: B batch, S source length, T target length, V vocabulary, K teacher cand
 import argparse
 import collections
 import contextlib
+import errno
+import fcntl
 import functools
 import gzip
 import itertools
@@ -37,9 +39,9 @@ from pathlib import Path
 from t5 import EOS, PAD, T5, UserError, best_device, in_range, load_pretrained, pad_sequences
 from t5 import run_command
 from align import BYTES, WORD_BOUNDARY, transfer
-from eval import DATASETS, DEFAULT_DATA, TOY, Problem, bbh_prompt, bbh_tasks, display_name
-from eval import evaluate_task, exact_match, load, math_demonstration, math_prompt, math_target
-from eval import number_text, parse_gold_answer, read_log, table
+from eval import DATASETS, DEFAULT_DATA, TOY, PredictionFile, Problem, bbh_prompt, bbh_tasks
+from eval import display_name, evaluate_task, exact_match, load, math_demonstration, math_prompt
+from eval import math_target, number_text, parse_gold_answer, read_log, table, weights_hash
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait
@@ -498,7 +500,7 @@ def find_run(args):
     """Return the run's folder; with --resume, an existing one with the same arguments."""
     name = args.name or args.size
     folders = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
-    existing = list(itertools.takewhile(Path.exists, folders))
+    existing = list(itertools.takewhile(lambda run: (run / "arguments.json").exists(), folders))
     if args.name or not existing:
         run = Path("runs") / name
     else:  # NAME, NAME-2, ..: continue the latest, or start the next
@@ -527,6 +529,25 @@ def recorded(args):
     kept = {key: value for key, value in vars(args).items() if key not in ("resume", "name")}
     return json.loads(json.dumps(kept, default=str))
 
+@contextlib.contextmanager
+def lock(run):
+    """Context manager: lock a run's folder, until its end or the process's. Raises UserError if
+    another process holds the lock."""
+    run.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UserError(f"{run}: another process is running it; wait, or choose another "
+                        "--name") from None
+    except OSError as error:  # some network file systems have no locks
+        print(f"{run} cannot be locked ({error.strerror}): do not start it twice")
+    try:
+        yield
+    finally:
+        os.close(folder)
+
 def atomic_write(path, text):
     """Write a text file so that it is never half-written."""
     unfinished = path.with_name(path.name + ".tmp")
@@ -539,6 +560,9 @@ def fsync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot do this for folders
+            raise
     finally:
         os.close(descriptor)
 
@@ -554,6 +578,11 @@ class TrainingLog:
         entries = [e for e in (read_log(path) if path.exists() else ()) if e["step"] <= start]
         atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.evaluations = {entry["step"]: entry for entry in entries if "validation" in entry}
+        for entry in self.evaluations.values():
+            for task, dataset in DATASETS.items():
+                if dataset.validate and task not in entry["validation"]:
+                    raise UserError(f"{path}: step {entry['step']} has no accuracy on {task}, which "
+                                    "was added later; start another run with --name")
 
     def add_micro_batch(self, batch, loss):
         """Count a micro-batch."""
@@ -601,7 +630,8 @@ def format_metrics(entry, data):
 
 @contextlib.contextmanager
 def stop_after_step():
-    """Context manager: yield an event that the first Ctrl-C sets; a second one stops at once."""
+    """Context manager: yield an event that the first Ctrl-C (or SIGTERM) sets; a second one stops
+    at once."""
     stop = threading.Event()
 
     def handle(*_):
@@ -610,11 +640,12 @@ def stop_after_step():
         stop.set()
         os.write(2, b"\nfinishing and saving this step; press Ctrl-C again to stop at once\n")
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {kind: signal.signal(kind, handle) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 def checkpoints(run):
     """Return a run's checkpoint folders, oldest first. Each is complete: it is renamed last."""
@@ -786,10 +817,10 @@ def teacher_records(args, pool):
     stated = [replace(problem, solution=math_target(problem, cot=True)) for problem in pool]
     return [Record(problem, None, f"GSM8K, line {n}") for n, problem in enumerate(stated, 1)]
 
-def evaluate_with(args, model, tokenizer, task, cot, split, limit, shots=0):
-    """Evaluate a task by the run's settings."""
+def evaluate_with(args, model, tokenizer, task, cot, split, limit, shots=0, file=None):
+    """Evaluate a task by the run's settings; a PredictionFile keeps the outputs."""
     with mixed_precision(args):
-        return evaluate_task(model, tokenizer, task, cot, split, args.data, limit, shots,
+        return evaluate_task(model, tokenizer, task, cot, split, args.data, limit, shots, file=file,
                              batch_size=args.eval_batch_size, max_new_tokens=args.max_new_tokens)
 
 def specialize(args, run):
@@ -809,7 +840,6 @@ def specialize(args, run):
     records = teacher_records(args, pool)
     examples, summary = build_examples(records, tokenizer, args.formats, args.loss)
     print(f"{summary}. Run: {run}", flush=True)
-    run.mkdir(parents=True, exist_ok=True)
     atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
     best = train(model, tokenizer, examples, pool, args, run)
 
@@ -821,8 +851,10 @@ def specialize(args, run):
     results = {}
     for name, folder in (("base", args.model), ("specialized", run / "model")):
         model = T5.from_pretrained(folder, **options)
+        file = PredictionFile(run / "predictions.jsonl", name, weights=weights_hash(model),
+                              precision=args.precision, max_new_tokens=args.max_new_tokens)
         results[name] = [evaluate_with(args, model, tokenizer, task, cot, "test", args.test_limit,
-                                       shots) for task, cot, shots in tests]
+                                       shots, file) for task, cot, shots in tests]
     rows = [(name, entries) for name, *entries in zip(names, *results.values())]
     print(f"\n{table(list(results), rows)}\n\nSelected: step {best['step']}, the best on the "
           f"out-of-distribution validation sets: {format_metrics(best, args.data)}")
@@ -840,7 +872,8 @@ def main():
     args = parse_arguments()
     run = find_run(args)
     try:
-        specialize(args, run)
+        with lock(run):
+            specialize(args, run)
     except KeyboardInterrupt:
         words = [word for word in sys.argv if word != "--resume"]
         words += [] if args.name else ["--name", run.name]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import errno
 import gzip
 import itertools
 import json
@@ -269,8 +270,8 @@ def test_runs_killed_at_any_time_end_with_the_same_bits(train, tmp_path):
 def test_after_ctrl_c_in_an_evaluation_every_optimizer_and_precision_resumes_to_the_bit(
         train, tmp_path, flags, presses):
     def press(model):
-        for _ in range(presses):
-            os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGINT)[:presses]:
+            os.kill(os.getpid(), number)
 
     one, two, flags = tmp_path / "one", tmp_path / "two", f"--steps 6 {flags}"
     best = train(one, flags=flags)
@@ -385,7 +386,7 @@ def teacher(tmp_path):
         (tmp_path / "teacher.jsonl").write_text("".join(itertools.islice(lines, 40)))
 
 def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
-        command, teacher, tmp_path):
+        command, teacher, tmp_path, monkeypatch):
     printed = command(sp, *BRIEF, "--name", "one")
     assert re.search(r"step 2/\d+  (kl|nll) .* lr .* tokens/s .* min left", printed)
     header, *rows = printed[printed.index("accuracy, %") :].splitlines()[:7]
@@ -402,6 +403,11 @@ def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
     weights = (run / f"checkpoint-{best['step']}" / "model.safetensors").read_bytes()
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     assert load_pretrained(run / "model")
+    # Resumed after its end, it generates nothing again.
+    monkeypatch.setattr(T5, "generate", lambda *_, **__: pytest.fail("it generates"))
+    (run / "results.json").unlink()
+    command(sp, *BRIEF, "--name", "one", "--resume")
+    assert json.loads((run / "results.json").read_text()) == results
 
 def test_after_ctrl_c_the_printed_command_continues_to_the_same_bits(command, teacher, tmp_path):
     script = [sys.executable, str(ROOT / "specialize.py")]
@@ -434,6 +440,28 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(refused, 
         damage(tmp_path / name / "arguments.json", json.dumps(sp.recorded(args)))
         args.resume = True
         assert str(sp.find_run(args)) == name
+
+def test_a_run_in_progress_is_not_started_a_second_time(refused, teacher, tmp_path, monkeypatch,
+                                                        capsys):
+    with sp.lock(tmp_path / "runs" / "one"):
+        assert "runs/one: another process" in refused(sp, *BRIEF, "--name", "one")
+    with sp.lock(tmp_path / "runs" / "one"):  # it is free again
+        pass
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(sp.fcntl, "flock", without_locks)
+    with sp.lock(tmp_path / "runs" / "two"):
+        pass
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+def test_a_log_from_before_a_set_was_added_is_refused(train, tmp_path, monkeypatch):
+    train(tmp_path, flags="--steps 4")
+    mine = ev.Dataset("Mine", "mine.jsonl", None, 500, validate=True, select=True)
+    monkeypatch.setitem(sp.DATASETS, "mine", mine)
+    with pytest.raises(UserError, match="log.jsonl: step 0 has no accuracy on mine"):
+        train(tmp_path, resume=True)
 
 @pytest.mark.parametrize("name", ["svamp/SVAMP.json", "bbh/bbh/odd_one_out.json",
                                   "bbh/cot-prompts/odd_one_out.txt"])
