@@ -36,8 +36,8 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t5 import EOS, PAD, T5, UserError, best_device, in_range, load_pretrained, pad_sequences
-from t5 import run_command
+from t5 import EOS, PAD, T5, UNK, UserError, best_device, in_range, load_pretrained
+from t5 import pad_sequences, run_command
 from align import BYTES, WORD_BOUNDARY, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, PredictionFile, Problem, bbh_prompt, bbh_tasks
 from eval import display_name, evaluate_task, exact_match, load, math_demonstration, math_prompt
@@ -104,6 +104,7 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5):
         first_record.setdefault(record.problem.question, record)
         text = target_text(record.problem)
         labels = np.array(tokenizer.encode(text), np.int32)  # (T,)
+        count["unknown"] += int((labels == UNK).sum())
         ids = probs = None
         if record.steps and cot_formats and loss != "nll":
             # The line "The answer is" may have been added; the teacher has no candidates for it.
@@ -132,6 +133,8 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5):
     if count["tokens"]:
         share = count["several"] / count["tokens"]
         summary += f"; the teacher has more than one candidate for {share:.1%} of their tokens"
+    if count["unknown"]:
+        summary += f"; {count['unknown']:,} tokens are unknown to the model's vocabulary"
     return examples, summary
 
 def target_text(problem):
