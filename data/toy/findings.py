@@ -105,8 +105,8 @@ def at(points, step):
     return next(text(*value) for s, *value in points if s == step)
 
 def text(mean, error):
-    """Format a mean with its standard error."""
-    return f"{mean:.1f} ± {error:.1f}"
+    """Format a mean with its standard error, if there is more than one seed."""
+    return f"{mean:.1f}" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}"
 
 def show(title, columns, rows):
     """Print a table. rows: [(label, [values per seed] per column)]."""
