@@ -128,7 +128,6 @@ def test_extraction_takes_any_text():
     for text in texts:
         assert isinstance(extract_number(text), (float, type(None)))
         assert isinstance(ev.parse_gold_answer(text), (float, str))
-        assert isinstance(ev.compute(text + " ="), (str, type(None)))
         assert {exact_match(text, 5.0), authors_match(text, "5", True, True)} <= {True, False}
 
 # --- problems and prompts ---
