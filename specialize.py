@@ -584,8 +584,8 @@ class TrainingLog:
         for entry in self.evaluations.values():
             for task, dataset in DATASETS.items():
                 if dataset.validate and task not in entry["validation"]:
-                    raise UserError(f"{path}: step {entry['step']} has no accuracy on {task}, which "
-                                    "was added later; start another run with --name")
+                    raise UserError(f"{path}: step {entry['step']} has no accuracy on {task}, "
+                                    "which was added later; start another run with --name")
 
     def add_micro_batch(self, batch, loss):
         """Count a micro-batch."""
