@@ -151,8 +151,8 @@ def load(task, split="test", folder=DEFAULT_DATA):
     """Return the problems of a math set or of a BBH task as a list of Problem.
 
     split: "train" (only GSM8K has one), "validation", "test" or "all". Validation and test parts
-    are drawn with a fixed seed and are in random order, so that the first n are a sample. A BBH
-    task is one test part. Raises UserError naming the file and the problem."""
+    are drawn with a fixed seed and are in random order, so that the first n are a sample. All of a
+    BBH task is its test part. Raises UserError naming the file and the problem."""
     if task not in DATASETS and task not in bbh_tasks(folder):
         known = ", ".join([*DATASETS, *bbh_tasks(folder)])
         raise UserError(f"no task {task!r}; choose from {known}")
@@ -161,16 +161,16 @@ def load(task, split="test", folder=DEFAULT_DATA):
         parts.append("train")
     if split not in parts:
         raise UserError(f"{task} has no {split!r} part; choose from {', '.join(parts)}")
-    if task not in DATASETS:
-        return read_problems(data_file(folder, f"bbh/bbh/{task}.json"), parse_bbh)
-    dataset = DATASETS[task]
     if split == "train":
-        return read_problems(data_file(folder, GSM8K_TRAIN), dataset.parse)
-    problems = read_problems(data_file(folder, dataset.file), dataset.parse)
+        return read_problems(data_file(folder, GSM8K_TRAIN), parse_gsm8k)
+    size, file, parse = 0, f"bbh/bbh/{task}.json", parse_bbh
+    if task in DATASETS:
+        size, file, parse = DATASETS[task].validation, DATASETS[task].file, DATASETS[task].parse
+    problems = read_problems(data_file(folder, file), parse)
     if split == "all":
         return problems
     random.Random(0).shuffle(problems)
-    size = min(dataset.validation, len(problems) // 2)
+    size = min(size, len(problems) // 2)
     return problems[:size] if split == "validation" else problems[size:]
 
 # What parsing data that are not as expected can raise.
