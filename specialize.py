@@ -36,8 +36,8 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t5 import EOS, PAD, T5, UNK, UserError, best_device, in_range, load_pretrained
-from t5 import pad_sequences, run_command
+from t5 import EOS, PAD, T5, UNK, UserError, best_device, in_range, is_out_of_memory
+from t5 import load_pretrained, pad_sequences, run_command
 from align import BYTES, WORD_BOUNDARY, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, PredictionFile, Problem, bbh_prompt, bbh_tasks
 from eval import display_name, evaluate_task, exact_match, load, math_demonstration, math_prompt
@@ -157,9 +157,6 @@ def make_batches(examples, pool, encode, micro_batch_sizes, seed, epoch):
         drawn = rng.sample(pool, min(SHOTS + 1, len(pool)))  # one to spare
         return [shot for shot in drawn if shot.question != example.problem.question][:SHOTS]
 
-    def total_length(pair):
-        return len(encode_prompt(*pair, encode)) + len(pair[0].labels)
-
     batches = []
     for name, (_, in_context) in FORMATS.items():
         chosen = [example for example in examples if example.format == name]
@@ -167,7 +164,7 @@ def make_batches(examples, pool, encode, micro_batch_sizes, seed, epoch):
         pairs = [(example, demonstrations(example) if in_context else []) for example in chosen]
         size = micro_batch_sizes[name]
         pairs = sort_in_windows(pairs, 64 * size, lambda pair: len(pair[0].labels))
-        pairs = sort_in_windows(pairs, 8 * size, total_length)
+        pairs = sort_in_windows(pairs, 8 * size, lambda pair: sum(lengths(pair, encode)))
         batches += [pairs[i : i + size] for i in range(0, len(pairs), size)]
     rng.shuffle(batches)
     return batches
@@ -176,6 +173,23 @@ def sort_in_windows(items, size, key):
     """Sort each run of `size` items by a key."""
     windows = [items[i : i + size] for i in range(0, len(items), size)]
     return [item for window in windows for item in sorted(window, key=key)]
+
+def split_into_passes(micro_batch, limit, encode):
+    """Split a micro-batch, which is sorted by length, into passes of at most `limit` tokens, padding
+    included. A micro-batch is a unit of the optimization, a pass one of memory: the examples whose
+    activations exist at the same time."""
+    passes, longest = [[]], (0, 0)
+    for pair in micro_batch:
+        longest = tuple(map(max, longest, lengths(pair, encode)))
+        if passes[-1] and (len(passes[-1]) + 1) * sum(longest) > limit:
+            passes.append([])
+            longest = lengths(pair, encode)
+        passes[-1].append(pair)
+    return passes
+
+def lengths(pair, encode):
+    """Return the numbers of tokens (S, T) of an (example, demonstrations)."""
+    return len(encode_prompt(*pair, encode)), len(pair[0].labels)
 
 def encode_prompt(example, demonstrations, encode):
     """Return the ids (S,) of an example's input, put together from parts that encode() has cached.
@@ -261,11 +275,29 @@ LOSSES = {
 }
 
 def batch_loss(model, batch, loss):
-    """Return the loss of a micro-batch; without the teacher's distributions it is likelihood."""
+    """Return the loss of a batch; without the teacher's distributions it is likelihood."""
     logits = model(batch["input_ids"], batch["input_ids"] != PAD, batch["decoder_input_ids"])
     return LOSSES[loss if "teacher_ids" in batch else "nll"](logits, batch)
 
 # --- the loop ---
+
+def add_gradients(model, micro_batches, limit, encode, args):
+    """Run the passes of an optimizer step, which add up its gradients; return the losses.
+
+    The loss of a step is the mean over its micro-batches, that of a micro-batch the mean over its
+    tokens. A pass counts by its share of the tokens, so the result is the same for any split."""
+    losses = []
+    for pairs in micro_batches:
+        tokens, total = sum(len(example.labels) for example, _ in pairs), 0.0
+        for part in split_into_passes(pairs, limit, encode):
+            batch = collate(part, encode, args.device)
+            share = sum(len(example.labels) for example, _ in part) / tokens
+            with mixed_precision(args):
+                loss = batch_loss(model, batch, args.loss) * share
+            (loss / len(micro_batches)).backward()
+            total += loss.detach()
+        losses.append(total)
+    return losses
 
 def get_lr(step, steps, peak, warmup, schedule="cosine"):
     """Return the learning rate of step 0, 1, .. steps - 1: half a cosine towards 0, or constant,
@@ -294,8 +326,8 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     optimizer = make_optimizer(model.parameters(), args.optimizer, args.weight_decay)
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
-    start = load_checkpoint(run, model, optimizer) if args.resume else 0
-    step = start
+    step = start = load_checkpoint(run, model, optimizer) if args.resume else 0
+    limit = args.tokens_per_pass or math.inf
     log = TrainingLog(run / "log.jsonl", start, steps, args)
     with stop_after_step() as stop:
         while True:
@@ -319,15 +351,13 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # Forward and backward passes; the gradients of the micro-batches add up.
-            losses = []
-            for pairs in micro_batches:
-                batch = collate(pairs, encode, args.device)
-                with mixed_precision(args):
-                    loss = batch_loss(model, batch, args.loss)
-                (loss / len(micro_batches)).backward()
-                losses.append(loss.detach())
-                log.add_micro_batch(batch, losses[-1])
+            # Forward and backward passes. If memory runs out, repeat the step in smaller passes.
+            try:
+                losses = add_gradients(model, micro_batches, limit, encode, args)
+            except RuntimeError as error:
+                limit = smaller_passes(error, micro_batches, limit, encode)
+                optimizer.zero_grad()
+                continue
 
             # Clip the gradients, update the weights, and save.
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -335,7 +365,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
             optimizer_step(optimizer)
             optimizer.zero_grad()
             step += 1
-            log.add_step(step, lr)
+            log.add_step(step, lr, micro_batches, losses, encode)
             if stop.is_set() or step % args.checkpoint_every == 0 or step == steps:
                 save_checkpoint(run, step, model, optimizer, tokenizer)
                 best = best_checkpoint(log.evaluations)
@@ -441,6 +471,17 @@ def check_type(value, kinds, name):
     if type(value) is bool or not isinstance(value, kinds):
         raise TypeError(f"{name} is {value!r:.50}, a {type(value).__name__}")
     return value
+
+def smaller_passes(error, micro_batches, limit, encode):
+    """Return a lower limit of tokens per pass after a pass ran out of memory. Raises the error
+    again if it is another one, or if every pass holds one example already."""
+    passes = [part for pairs in micro_batches for part in split_into_passes(pairs, limit, encode)]
+    if not is_out_of_memory(error) or max(map(len, passes)) == 1:
+        raise error
+    sizes = [[lengths(pair, encode) for pair in part] for part in passes if len(part) > 1]
+    limit = max(len(part) * sum(map(max, zip(*part))) for part in sizes) // 2
+    print(f"out of memory: this step again, with passes of at most {limit:,} tokens", flush=True)
+    return limit
 
 def check_finite(losses, norm, micro_batches, step, run):
     """Raise UserError, naming the records, if a loss or the gradient norm is NaN or infinite."""
@@ -587,26 +628,24 @@ class TrainingLog:
                     raise UserError(f"{path}: step {entry['step']} has no accuracy on {task}, "
                                     "which was added later; start another run with --name")
 
-    def add_micro_batch(self, batch, loss):
-        """Count a micro-batch."""
-        name = self.args.loss if "teacher_ids" in batch else "nll"
-        self.losses.setdefault(name, []).append(loss)
-        self.tokens += batch["input_ids"].numel() + batch["labels"].numel()  # with padding
-
-    def add_step(self, step, lr):
-        """Report an optimizer step if it is due."""
+    def add_step(self, step, lr, micro_batches, losses, encode):
+        """Count an optimizer step; report it if it is due, with the mean loss of each format."""
         now = time.time()
         self.seconds, self.since = self.seconds + now - self.since, now
+        for pairs, loss in zip(micro_batches, losses):
+            self.losses.setdefault(pairs[0][0].format, []).append(loss)
+            self.tokens += sum(sum(lengths(pair, encode)) for pair in pairs)
         if step % self.args.log_every and step != self.steps:
             return
-        means = {name: torch.stack(x).mean().item() for name, x in sorted(self.losses.items())}
+        means = {name: torch.stack(self.losses[name]).mean().item()
+                 for name in FORMATS if name in self.losses}
         self.losses = {}
         speed = round(self.tokens / self.seconds)
         minutes = self.seconds / (step - self.start) * (self.steps - step) / 60
-        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        print(f"step {step}/{self.steps}  {losses}  lr {lr:.2e}  {speed:,} tokens/s  "
-              f"{minutes:.1f} min left", flush=True)
-        self.write({"step": step, "learning_rate": lr, "tokens_per_second": speed, **means})
+        shown = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        print(f"step {step}/{self.steps}  lr {lr:.2e}  {speed:,} tokens/s  {minutes:.1f} min left  "
+              f"{shown}", flush=True)
+        self.write({"step": step, "learning_rate": lr, "tokens_per_second": speed, "loss": means})
 
     def add_evaluation(self, entry):
         """Report the evaluation of a checkpoint; its time does not count as training."""
@@ -762,6 +801,8 @@ def parse_arguments(arguments=None):
     add("--optimizer", choices=["adamw", "adafactor"], help="default: adamw; xxl: adafactor")
     add("--learning-rate", type=in_range(float, above=0), help="peak (default: 5e-4; toy: 7e-4)")
     add("--micro-batch-size", type=positive, nargs=4, metavar="N", help="examples in each format")
+    add("--tokens-per-pass", type=positive, help="most tokens per pass, with padding (default: all "
+        "that fit into memory); it changes memory and speed, not the result")
     add("--gradient-accumulation-steps", type=positive, help="micro-batches per optimizer step")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the learning rate "
         "(default: cosine, to 0)")

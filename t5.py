@@ -735,6 +735,23 @@ def best_device():
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     return "cuda" if torch.cuda.is_available() else mps
 
+def free_memory(device):
+    """Return the number of bytes that tensors on a device can still take."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if device == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if Path("/proc/meminfo").exists():
+        (kib,) = re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        return int(kib) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS has no such figure
+
+def is_out_of_memory(error):
+    """Return whether an error says that a device has run out of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "can't allocate memory"))  # MPS, CPU
+
 def in_range(kind, above=None, below=math.inf):
     """Return an argparse type: a number of at least 0, or above `above`, and below `below`."""
 

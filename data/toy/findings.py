@@ -25,7 +25,7 @@ from t5 import T5, UserError, load_pretrained, run_command
 
 FOLDER = Path("runs") / "findings"
 SEEDS = (0, 1, 2)
-SIZES = ("0.07M", "0.25M", "1M", "1.8M")
+SIZES = ("0.05M", "0.1M", "0.25M", "1M")
 FORMATS = {name: ["--formats", f"{name}_cot", f"{name}_answer_only", "--shots", "4"]
            for name in ("in_context", "zero_shot")}
 EXPERIMENTS = {
