@@ -25,8 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5 import UserError, best_device, download, in_range, load_pretrained, model_file
-from t5 import packed_weights, pad_sequences, run_command, show_progress
+from t5 import UserError, best_device, download, free_memory, in_range, is_out_of_memory
+from t5 import load_pretrained, model_file, packed_weights, pad_sequences, run_command
+from t5 import show_progress
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait: that must precede torch
@@ -342,15 +343,25 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
     # they fit into memory, all do.
     order = sorted(input_ids, key=lambda i: -len(input_ids[i]))
     with packed_weights(model.decoder, model.lm_head):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        while order:
+            fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
+            rows = int((0.9 * free_memory(device.type) - fixed) / (row * samples))
+            batch = order[: max(1, min(batch_size, rows))]
             source = pad_sequences([input_ids[i] for i in batch], device)
-            texts = [tokenizer.decode(ids) for ids in model.generate(source, **options).tolist()]
-            for n, i in enumerate(batch):
-                outputs[i] = texts[n * samples : (n + 1) * samples]  # samples are adjacent
+            try:
+                generated = model.generate(source, **options).tolist()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
+                    raise
+                batch_size = len(batch) // 2
+                print(f"out of memory: {task} goes on with batches of {batch_size}", flush=True)
+                continue
+            for n, i in enumerate(batch):  # samples are adjacent
+                outputs[i] = [tokenizer.decode(generated[n * samples + k]) for k in range(samples)]
                 if file:
                     file.add(score(problems[i], task, prompts[i], outputs[i], cot))
-            show_progress(f"{task}: {min(start + batch_size, len(order))} of {len(order)}")
+            order = order[len(batch) :]
+            show_progress(f"{task}: {len(problems) - len(order)} of {len(problems)}")
     show_progress("")
     return summarize([score(problem, task, prompts[i], outputs[i], cot)
                       for i, problem in enumerate(problems)])

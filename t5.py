@@ -212,9 +212,12 @@ def make_attention_bias(mask, bias):
     Masked positions get a large negative number that fp16 can hold, not -inf, so that a fully
     padded row does not become NaN.
     """
-    device = bias.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
-    return bias.to(dtype).masked_fill(~mask, -3e4)
+    return bias.to(attention_dtype(bias)).masked_fill(~mask, -3e4)
+
+def attention_dtype(weight):
+    """Return the dtype of keys and values: autocast's, or that of the weights."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 def embedding(rows, width):
     """Return an nn.Embedding without values; they come from init_weights or from a file."""
@@ -288,8 +291,9 @@ class T5(nn.Module):
         attention_mask = input_ids != PAD if attention_mask is None else attention_mask
         # Encode the source once: its keys and values for every decoder block.
         memory_kv, memory_bias = self.encode_source(input_ids, attention_mask)
-        memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
-        memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)  # (B, 1, 1, S)
+        if num_samples > 1:
+            memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
+            memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)  # (B, 1, 1, S)
         L, _, B, H, _, K = memory_kv.shape
         kv_cache = memory_kv.new_empty(L, 2, B, H, max_new_tokens, K)
         # The bias depends only on the distance between query and key, so the row of the last
@@ -324,20 +328,34 @@ class T5(nn.Module):
 
     def encode_source(self, input_ids, attention_mask):
         """Return the keys and values of a source for all decoder blocks (L, 2, B, H, S, K) and the
-        bias (B, 1, 1, S). A CPU is faster in chunks of about 2,048 tokens, which fit its cache."""
+        bias (B, 1, 1, S). The encoder reads the rows in chunks, so that its attention bias
+        (rows, H, S, S) stays small; a CPU is also faster with 2,048 tokens, which fit its cache."""
         B, S = input_ids.shape
         blocks = self.decoder.blocks
         mask = attention_mask.bool()[:, None, None, :]
         bias = make_attention_bias(mask, self.shared.weight.new_zeros(1))
         shape = len(blocks), 2, B, self.config.num_heads, S, self.config.d_kv
         memory_kv = torch.empty(shape, dtype=bias.dtype, device=bias.device)
-        size = max(1, 2048 // S) if input_ids.is_cpu else B
+        size = self.chunk_rows(S)
         for start in range(0, B, size):
             chunk = slice(start, start + size)
             memory, _ = self.encode(input_ids[chunk], attention_mask[chunk])
             for block, kv in zip(blocks, memory_kv):
                 kv[0, chunk], kv[1, chunk] = block.cross_attention.project_kv(memory)
         return memory_kv, bias
+
+    def chunk_rows(self, S):
+        """Return the number of rows of length S that the encoder reads at a time in generate()."""
+        return max(1, (2048 if self.shared.weight.is_cpu else 8192) // S)
+
+    def generation_memory(self, S, T):
+        """Return the bytes that generate() takes: at any number of rows, and for each row of S source
+        and T output tokens, whose keys and values it keeps for every decoder block."""
+        c, size, rows = self.config, attention_dtype(self.shared.weight).itemsize, self.chunk_rows(S)
+        encoder = (rows + 2) * c.num_heads * S * S * size + 6 * 8 * S * S  # biases, their buckets
+        encoder += rows * S * (4 * c.d_ff + 8 * c.d_model) * size
+        kv = 2 * c.num_decoder_layers * c.num_heads * c.d_kv * (S + T) * size
+        return encoder, kv + 4 * c.vocab_size * size
 
     # --- loading and saving ---
 

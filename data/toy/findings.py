@@ -28,11 +28,12 @@ SEEDS = (0, 1, 2)
 SIZES = ("0.05M", "0.1M", "0.25M", "1M")
 FORMATS = {name: ["--formats", f"{name}_cot", f"{name}_answer_only", "--shots", "4"]
            for name in ("in_context", "zero_shot")}
-EXPERIMENTS = {
-    "tuned-1M": ["--checkpoint-every", "50", "--shots", "4"],  # else as the main command
-    "likelihood": ["--checkpoint-every", "50", "--loss", "nll"],
+EXPERIMENTS = {  # options that differ from the main command's
+    "tuned-1M": ["--checkpoint-every", "50", "--keep-checkpoints", "--shots", "4"],
+    "likelihood": ["--checkpoint-every", "50", "--keep-checkpoints", "--loss", "nll"],
     **{f"tuned-{size}": ["--model", TOY / f"tuned-{size}"] for size in SIZES if size != "1M"},
-    "raw-1M": ["--model", TOY / "raw-1M"],
+    **{f"{start}-long": ["--model", TOY / f"{start}-1M", "--steps", "1600",
+                         "--learning-rate", "1e-3"] for start in ("tuned", "raw")},
     **FORMATS,
     "long": ["--steps", "2400", "--schedule", "constant", "--keep-checkpoints"],
 }
