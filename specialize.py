@@ -19,6 +19,7 @@ import errno
 import fcntl
 import functools
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -32,20 +33,25 @@ import sys
 import threading
 import time
 import unicodedata
+import weakref
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t5 import EOS, PAD, T5, UNK, UserError, best_device, in_range, is_out_of_memory
-from t5 import load_pretrained, pad_sequences, run_command
+from t5 import EOS, PAD, T5, UNK, Tokenizer, UserError, best_device, free_memory, in_range
+from t5 import is_out_of_memory, load_pretrained, packed_weights, pad_sequences, read_config
+from t5 import run_command
 from align import BYTES, WORD_BOUNDARY, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, PredictionFile, Problem, bbh_prompt, bbh_tasks
-from eval import display_name, evaluate_task, exact_match, load, math_demonstration, math_prompt
-from eval import math_target, number_text, parse_gold_answer, read_log, table, weights_hash
+from eval import display_name, evaluate_task, exact_match, load, load_demonstrations
+from eval import math_demonstration, math_prompt, math_target, number_text, parse_gold_answer
+from eval import read_log, table, weights_hash
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # --- teacher records ---
 
@@ -87,21 +93,24 @@ class Example:
     teacher_probs: np.ndarray | None
     source: str
 
-def build_examples(records, tokenizer, formats, loss="kl", k=5):
+def build_examples(records, tokenizer, formats, loss="kl", k=5, limit=None):
     """Turn the records with right answers into examples; also return a one-line summary.
 
     Chain-of-thought formats yield one example per solution, with the teacher's distributions if it
-    reported any, unless loss is "nll". Answer-only formats yield one example per question."""
+    reported any, unless loss is "nll". Answer-only formats yield one example per question.
+    limit: the most solutions of a question to use."""
     vocab = {piece: i for i, piece in enumerate(tokenizer.pieces)}
     cot_formats = [name for name in formats if FORMATS[name][0]]
-    examples, first_record, count = [], {}, collections.Counter()
+    examples, used, count = [], collections.defaultdict(list), collections.Counter()
     for record in records:
         count["read"] += 1
         if not exact_match(record.problem.solution, record.problem.answer):  # the final answers
             last_wrong = record
             continue
         count["right"] += 1
-        first_record.setdefault(record.problem.question, record)
+        if len(used[record.problem.question]) == limit:
+            continue
+        used[record.problem.question].append(record)
         text = target_text(record.problem)
         labels = np.array(tokenizer.encode(text), np.int32)  # (T,)
         count["unknown"] += int((labels == UNK).sum())
@@ -125,7 +134,7 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5):
             last = f"; {last_wrong.source} does not end in {last_wrong.problem.answer}"
         raise UserError(f"none of {count['read']:,} teacher solutions ends in its gold answer"
                         f"{last}; choose another --teacher")
-    for record in first_record.values():
+    for record, *_ in used.values():
         labels = np.array(tokenizer.encode(math_target(record.problem, cot=False)), np.int32)
         examples += [Example(name, record.problem, labels, None, None, record.source)
                      for name in formats if name not in cot_formats]
@@ -305,13 +314,15 @@ def get_lr(step, steps, peak, warmup, schedule="cosine"):
     decay = 0.5 * (1 + math.cos(math.pi * step / steps)) if schedule == "cosine" else 1.0
     return peak * decay * min(1.0, (step + 1) / max(1, warmup))
 
-def steps_per_epoch(examples, sizes, accumulation):
-    """Count an epoch's optimizer steps; each micro-batch holds examples of one format."""
+def count_steps(examples, args):
+    """Return the optimizer steps of an epoch and of the run; a micro-batch has one format."""
+    sizes = dict(zip(FORMATS, args.micro_batch_size))
     per_format = collections.Counter(example.format for example in examples)
     micro_batches = sum(math.ceil(n / sizes[name]) for name, n in per_format.items())
-    return math.ceil(micro_batches / accumulation)
+    per_epoch = math.ceil(micro_batches / args.gradient_accumulation_steps)
+    return per_epoch, min(per_epoch * args.epochs, args.steps or math.inf)
 
-def train(model, tokenizer, examples, pool, args, run, measure=None):
+def train(model, tokenizer, examples, pool, args, run, measure=None, table_share=0.0):
     """Train a model, save and evaluate checkpoints, and return the best one's log entry.
 
     pool: the problems that demonstrations are drawn from (GSM8K's training set).
@@ -320,15 +331,14 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     Raises UserError if a loss or gradient is not finite, KeyboardInterrupt after Ctrl-C."""
     encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
     sizes = dict(zip(FORMATS, args.micro_batch_size))
-    per_epoch = steps_per_epoch(examples, sizes, args.gradient_accumulation_steps)
-    steps = min(per_epoch * args.epochs, args.steps or math.inf)
+    per_epoch, steps = count_steps(examples, args)
 
     optimizer = make_optimizer(model.parameters(), args.optimizer, args.weight_decay)
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
     step = start = load_checkpoint(run, model, optimizer) if args.resume else 0
     limit = args.tokens_per_pass or math.inf
-    log = TrainingLog(run / "log.jsonl", start, steps, args)
+    log = TrainingLog(run / "log.jsonl", start, steps, table_share, args)
     with stop_after_step() as stop:
         while True:
             # Evaluate the start, or the checkpoint that the last pass saved.
@@ -374,21 +384,21 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
 
 # --- model selection ---
 
+def checkpoint_tasks(args):
+    """Return what is evaluated at a checkpoint: [(task, chain of thought, demonstrations)]."""
+    math_sets = [(task, True, []) for task, dataset in DATASETS.items() if dataset.validate]
+    return math_sets + ([("bbh", True, []), ("bbh", False, [])] if args.bbh_limit else [])
+
 def validate(model, tokenizer, args):
     """Evaluate a checkpoint: {"validation": {math set: [accuracy, stderr]}} by zero-shot chain of
     thought, and with --bbh-limit also {"bbh": {"CoT": the same, "answer-only": the same}}."""
-
-    def accuracy(task, cot, split, limit):
-        e = evaluate_with(args, model, tokenizer, task, cot, split, limit)
-        return [round(e.accuracy, 5), round(e.stderr, 5)]
-
-    result = {"validation": {
-        task: accuracy(task, True, "validation", args.validation_limit)
-        for task, dataset in DATASETS.items() if dataset.validate}}
-    if args.bbh_limit:
-        result["bbh"] = {"CoT": accuracy("bbh", True, "test", args.bbh_limit),
-                         "answer-only": accuracy("bbh", False, "test", args.bbh_limit)}
-    return result
+    entry = {"validation": {}}
+    for task, cot, _ in checkpoint_tasks(args):
+        e = evaluate_with(args, model, tokenizer, task, cot, "validation")
+        part = entry["validation"] if task in DATASETS else entry.setdefault("bbh", {})
+        name = task if task in DATASETS else "CoT" if cot else "answer-only"
+        part[name] = [round(e.accuracy, 5), round(e.stderr, 5)]
+    return entry
 
 def ood_accuracy(entry):
     """Return the mean accuracy on the out-of-distribution sets, by which a checkpoint is selected
@@ -538,39 +548,220 @@ def stochastic_round(x):
     bits = (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16)
     return bits.view(torch.float32).bfloat16()
 
+# --- memory and time ---
+
+MARGIN = 0.9  # the part of the free memory that is used; an allocator cannot use all of it
+
+class TensorBytes(TorchDispatchMode):
+    """Context manager: count the bytes of the tensors that operations create; peak is the most at
+    one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count((args, kwargs), created=False)  # the result may share an input's storage
+        result = function(*args, **kwargs or {})
+        self.count(result, created=True)
+        return result
+
+    def count(self, tree, created):
+        for tensor in tree_leaves(tree):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                size = storage.nbytes() * created
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self.forget, storage._cdata, size)
+                self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+def peak_memory(device, work):
+    """Return the most bytes that work() takes beyond those taken before it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with TensorBytes() as tensors:
+        work()
+    return tensors.peak
+
+def state_bytes(parameters, args):
+    """Return the bytes of the weights, the gradients and the optimizer's state."""
+    each = 2 if args.precision == "bf16-weights" else 4
+    moments = 8 if args.optimizer == "adamw" else 0  # Adafactor's are a row and a column per matrix
+    return each * parameters, each * parameters, moments * parameters
+
+def does_not_fit(parameters, args, reason):
+    """Return the UserError for a lack of memory: the figures, and the command that takes less."""
+    settings, flags, figures = vars(args).copy(), [], []
+    for flag, value in (("--gradient-checkpointing", True), ("--optimizer", "adafactor"),
+                        ("--precision", "bf16-weights")):
+        key = flag[2:].replace("-", "_")
+        if settings[key] != value:
+            settings[key] = value
+            flags += [flag] if value is True else [flag, value]
+            needed = sum(state_bytes(parameters, argparse.Namespace(**settings)))
+            figures.append(f"{needed / 1e9:.2f} GB with {' '.join(flags)}")
+    needed = sum(state_bytes(parameters, args)) / 1e9
+    command = shlex.join([sys.executable, *sys.argv, *flags])
+    less = f"; {', '.join(figures)}. Try: {command}" if flags else "; choose a smaller model"
+    return UserError(f"{reason}: weights, gradients and optimizer of {parameters:,} parameters take "
+                     f"{needed:.2f} GB, the activations come on top{less}")
+
+def tokens_that_fit(model, pairs, encode, args):
+    """Return the most tokens per pass, padding included, for which the device has memory.
+
+    A pass takes a fixed number of bytes and some per token: the most for the longest example
+    (attention) or for the one with the largest share of labels (logits). Two passes of different
+    sizes give both numbers. Raises UserError if one example does not fit."""
+
+    def peak(rows):
+        work = functools.partial(add_gradients, model, [[pair] * rows], math.inf, encode, args)
+        return peak_memory(args.device, work)
+
+    parameters, limits = count_parameters(model), []
+    tokens = [sum(lengths(pair, encode)) for pair in pairs]
+    labels = [len(example.labels) / n for (example, _), n in zip(pairs, tokens)]
+    for i in tokens.index(max(tokens)), labels.index(max(labels)):
+        pair = pairs[i]
+        add_gradients(model, [[pair]], math.inf, encode, args)  # the gradients exist from here on
+        free = MARGIN * free_memory(args.device) - state_bytes(parameters, args)[2]
+        one = peak(1)
+        if one > free:
+            reason = (f"an example of {tokens[i]:,} tokens needs {one / 1e9:.2f} GB of "
+                      f"{max(free, 0) / 1e9:.2f} GB that are free")
+            raise does_not_fit(parameters, args, reason)
+        rows = max(1, int(min(max(args.micro_batch_size), free / one / 6)))
+        few, twice = (peak(rows), peak(2 * rows)) if 2 * one < free else (one, 2 * one)
+        limits.append(rows * (1 + (free - few) / (twice - few)) * tokens[i])
+    return int(min(limits))
+
+def count_parameters(model):
+    """Return the number of a model's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+def seconds(device, work):
+    """Return the time that work() takes on a device."""
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.accelerator.synchronize()  # until then it is only queued
+    return time.perf_counter() - start
+
+def training_seconds(model, batches, encode, args):
+    """Estimate the time of an epoch: a few passes of each format stand for all of them."""
+    total = 0.0
+    for name in args.formats:
+        passes = [part for batch in batches if batch[0][0].format == name
+                  for part in split_into_passes(batch, args.tokens_per_pass, encode)]
+        tokens = [sum(sum(lengths(pair, encode)) for pair in part) for part in passes]
+        sample = slice(None, None, math.ceil(len(passes) / 3))
+        spent = seconds(args.device, lambda: add_gradients(
+            model, passes[sample], math.inf, encode, args))
+        total += spent * sum(tokens) / sum(tokens[sample])
+    return total
+
+def evaluation_seconds(model, tokenizer, tasks, split, tokens, args):
+    """Estimate the time of evaluating tasks, if outputs have so many tokens: two short outputs for
+    a batch of middle length stand for all of a kind of task."""
+    total, kinds = 0.0, {}
+    for task, cot, shots in tasks:
+        for name in bbh_tasks(args.data) if task == "bbh" else [task]:
+            problems = load(name, split if task in DATASETS else "test", args.data)
+            kinds.setdefault((task == "bbh", cot, len(shots)), []).extend(
+                math_prompt(problem.question, cot, shots) if task in DATASETS else
+                bbh_prompt(name, problem.question, cot, args.data)
+                for problem in problems[: limit_of(args, name, split)])
+    for prompts in kinds.values():
+        ids = sorted((tokenizer.encode(prompt) for prompt in prompts), key=len)
+        rows = min(args.eval_batch_size, len(ids))
+        source = pad_sequences(ids[(len(ids) - rows) // 2 :][:rows], args.device)
+        few, many = (seconds(args.device, lambda: generate_exactly(model, source, n, args))
+                     for n in (4, 20))
+        step = max(0.0, (many - few) / 16)
+        total += len(ids) / rows * (few + (tokens - 4) * step)
+    return total
+
+def generate_exactly(model, source, n, args):
+    """Generate n tokens for each row, without </s>."""
+    def never_end(_, logits):
+        logits[:, EOS] = -math.inf
+        return logits
+
+    with mixed_precision(args), packed_weights(model.decoder, model.lm_head):
+        model.generate(source, max_new_tokens=n, logits_processor=never_end)
+
+def plan(model, tokenizer, examples, pool, encode, args):
+    """Measure this device with a sample of the run's work. Set args.tokens_per_pass unless it is
+    set, and print the memory and time that the run takes. Return the time of the last table as a
+    multiple of a checkpoint's evaluation."""
+    model.encoder.gradient_checkpointing = args.gradient_checkpointing
+    model.decoder.gradient_checkpointing = args.gradient_checkpointing
+    model.train()
+    sizes = dict(zip(FORMATS, args.micro_batch_size))
+    batches = make_batches(examples, pool, encode, sizes, args.seed, epoch=0)
+    if not args.tokens_per_pass:
+        pairs = [pair for batch in batches for pair in batch]
+        args.tokens_per_pass = tokens_that_fit(model, pairs, encode, args)
+    per_epoch, steps = count_steps(examples, args)
+    training = training_seconds(model, batches, encode, args) * steps / per_epoch
+    model.zero_grad()
+    solutions = sorted(len(ex.labels) for ex in examples if ex.format == args.formats[0])
+    tokens = min(args.max_new_tokens, solutions[int(0.9 * len(solutions))])
+    checkpoint, last = (evaluation_seconds(model, tokenizer, tasks, split, tokens, args)
+                        for tasks, split in ((checkpoint_tasks(args), "validation"),
+                                             (table_tasks(args), "test")))
+    count = 1 + math.ceil(steps / args.checkpoint_every)
+    names = ("weights", "gradients", "optimizer")
+    memory = [f"{name} {size / 1e9:.2f} GB" for name, size in
+              zip(names, state_bytes(count_parameters(model), args))]
+    print(f"{args.device}, {args.precision}, {count_parameters(model):,} parameters: "
+          f"{', '.join(memory)}; passes of at most {args.tokens_per_pass:,} tokens
+"
+          f"{steps:,} steps, {count} evaluations. Estimated: {duration(training)} of training, "
+          f"{duration(checkpoint * count)} of evaluation at checkpoints, {duration(2 * last)} for the "
+          f"last table, if outputs have {tokens} tokens", flush=True)
+    return 2 * last / checkpoint
+
+def duration(seconds):
+    """Format a time: 40 s, 3.5 min or 12.1 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
 # --- a run's folder: arguments, log, checkpoints ---
 
-def find_run(args):
-    """Return the run's folder; with --resume, an existing one with the same arguments."""
-    name = args.name or args.size
+def find_run(typed):
+    """Return the run's folder and, with --resume, its settings. typed: the command line's options."""
+    name = typed.get("name") or typed.get("size") or "toy"
     folders = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     existing = list(itertools.takewhile(lambda run: (run / "arguments.json").exists(), folders))
-    if args.name or not existing:
+    if "name" in typed or not existing:
         run = Path("runs") / name
     else:  # NAME, NAME-2, ..: continue the latest, or start the next
-        run = existing[-1] if args.resume else Path(f"runs/{name}-{len(existing) + 1}")
+        run = existing[-1] if "resume" in typed else Path(f"runs/{name}-{len(existing) + 1}")
     path = run / "arguments.json"
-    if not args.resume:
-        if path.exists():
+    if "resume" not in typed:
+        if path.exists() and "dry_run" not in typed:
             raise UserError(f"{run} exists; continue it with --resume, or choose another --name")
-        return run
+        return run, {}
     if not path.exists():
         raise UserError(f"{run}: no run to resume; choose one with --name")
     try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
+        return run, dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not an object ({error}); start with another --name") from None
-    may_differ = ("log_every", "test_limit", "skip_bbh")
-    differing = [f"--{key.replace('_', '-')} {before.get(key)}"
-                 for key, value in recorded(args).items()
-                 if before.get(key) != value and key not in may_differ]
-    if differing:
-        raise UserError(f"{run} started with other arguments; use {', '.join(differing)}")
-    return run
 
 def recorded(args):
-    """Return the arguments as arguments.json holds them."""
-    kept = {key: value for key, value in vars(args).items() if key not in ("resume", "name")}
+    """Return the settings as arguments.json holds them."""
+    kept = {key: value for key, value in vars(args).items()
+            if key not in ("resume", "name", "run", "dry_run")}
     return json.loads(json.dumps(kept, default=str))
 
 @contextlib.contextmanager
@@ -615,8 +806,9 @@ class TrainingLog:
 
     evaluations: {step: log entry with "validation"}."""
 
-    def __init__(self, path, start, steps, args):
+    def __init__(self, path, start, steps, table_share, args):
         self.path, self.start, self.steps, self.args = path, start, steps, args
+        self.table_share, self.evaluation = table_share, 0.0  # seconds of the last evaluation
         self.seconds, self.tokens, self.losses, self.since = 0.0, 0, {}, time.time()
         # Steps after the last checkpoint are repeated, so drop their entries.
         entries = [e for e in (read_log(path) if path.exists() else ()) if e["step"] <= start]
@@ -635,15 +827,18 @@ class TrainingLog:
         for pairs, loss in zip(micro_batches, losses):
             self.losses.setdefault(pairs[0][0].format, []).append(loss)
             self.tokens += sum(sum(lengths(pair, encode)) for pair in pairs)
-        if step % self.args.log_every and step != self.steps:
+        if step % self.args.log_every and step not in (self.start + 1, self.steps):
             return
         means = {name: torch.stack(self.losses[name]).mean().item()
                  for name in FORMATS if name in self.losses}
         self.losses = {}
         speed = round(self.tokens / self.seconds)
-        minutes = self.seconds / (step - self.start) * (self.steps - step) / 60
+        left = self.seconds / (step - self.start) * (self.steps - step)
+        evaluations = math.ceil(self.steps / self.args.checkpoint_every) - (
+            (step - 1) // self.args.checkpoint_every)
+        left += self.evaluation * (evaluations + self.table_share)
         shown = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-        print(f"step {step}/{self.steps}  lr {lr:.2e}  {speed:,} tokens/s  {minutes:.1f} min left  "
+        print(f"step {step}/{self.steps}  lr {lr:.2e}  {speed:,} tokens/s  {duration(left)} left  "
               f"{shown}", flush=True)
         self.write({"step": step, "learning_rate": lr, "tokens_per_second": speed, "loss": means})
 
@@ -651,7 +846,7 @@ class TrainingLog:
         """Report the evaluation of a checkpoint; its time does not count as training."""
         self.evaluations[entry["step"]] = entry
         self.write(entry)
-        self.since = time.time()
+        self.evaluation, self.since = time.time() - self.since, time.time()
         best = best_checkpoint(self.evaluations)
         best = f"; best so far: step {best['step']}" if best else ""
         print(f"  validation: {format_metrics(entry, self.args.data)}{best}", flush=True)
@@ -761,7 +956,7 @@ def random_module(device):
 # per optimizer step, and optimizer steps between checkpoints. They give none for small, which uses
 # base's. "toy" is this project's own; xxl's optimizer and precision are chosen for one 80 GB GPU.
 SIZES = {
-    "toy": dict(model=TOY / "tuned-1M", data=TOY, teacher=TOY / "teacher.jsonl.gz",
+    "toy": dict(model=str(TOY / "tuned-1M"), data=TOY, teacher=TOY / "teacher.jsonl.gz",
                 micro_batch_size=(8, 8, 32, 32), gradient_accumulation_steps=1, epochs=1, steps=800,
                 learning_rate=7e-4, checkpoint_every=100, validation_limit=60, bbh_limit=25,
                 max_new_tokens=64, device="cpu", threads=2),
@@ -777,72 +972,99 @@ SIZES = {
                 gradient_accumulation_steps=20, checkpoint_every=150, optimizer="adafactor",
                 precision="bf16-weights", gradient_checkpointing=True),
 }
-DEFAULTS = dict(data=DEFAULT_DATA, bbh_limit=0, epochs=10, learning_rate=5e-4, max_new_tokens=256,
-                optimizer="adamw", gradient_checkpointing=False, device=best_device(),
-                threads=torch.get_num_threads())
+DEFAULTS = dict(
+    teacher=None, data=DEFAULT_DATA, formats=list(FORMATS), solutions_per_question=None, loss="kl",
+    epochs=10, steps=None, optimizer="adamw", learning_rate=5e-4, schedule="cosine", warmup=10,
+    weight_decay=0.01, max_grad_norm=1.0, dropout=None, gradient_checkpointing=False,
+    tokens_per_pass=None, keep_checkpoints=False, validation_limit=None, bbh_limit=0,
+    test_limit=None, shots=0, demonstrations=None, skip_bbh=False, eval_batch_size=64, max_new_tokens=256, log_every=10,
+    seed=0, device=best_device(), threads=torch.get_num_threads(), precision=None)
+# What a resumed run may change: all that is not the mathematics. Files may move, not change.
+MAY_CHANGE = ("model", "data", "teacher", "gradient_checkpointing", "tokens_per_pass", "device",
+              "keep_checkpoints", "test_limit", "shots", "demonstrations", "skip_bbh", "eval_batch_size", "log_every",
+              "threads")
 
 def parse_arguments(arguments=None):
-    """Parse the command line; unset options default to the settings of --size."""
+    """Return the settings of a run: those of --size, or with --resume the run's, and on top what is
+    on the command line. args.run is the run's folder."""
     parser = argparse.ArgumentParser(
         description="Specialize a T5 towards multi-step math with a teacher's solutions.",
-        epilog="Without arguments: the toy world in data/toy, on the CPU. Defaults are those of "
-               "--size unless stated.")
-    add, positive = parser.add_argument, in_range(int, above=0)
-    add("--size", choices=SIZES, default="toy", help="the paper's settings for this FlanT5")
-    add("--model", help="folder or hub name, in place of the size's")
-    add("--teacher", type=Path, help="teacher records (default: GSM8K's solutions; toy: its own)")
-    add("--data", type=Path, help="folder of the problem sets; missing ones are downloaded")
-    add("--name", help="name of the run's folder in runs/ (default: the size)")
-    add("--resume", action="store_true", help="continue the run with the same arguments")
-    add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="data formats to mix")
-    add("--loss", choices=LOSSES, default="kl", help="loss for chains of thought (default: kl)")
-    add("--epochs", type=positive, help="passes over the examples (default: 10; toy: 1)")
-    add("--steps", type=positive, help="maximum of optimizer steps (default: none; toy: 800)")
-    add("--optimizer", choices=["adamw", "adafactor"], help="default: adamw; xxl: adafactor")
-    add("--learning-rate", type=in_range(float, above=0), help="peak (default: 5e-4; toy: 7e-4)")
-    add("--micro-batch-size", type=positive, nargs=4, metavar="N", help="examples in each format")
-    add("--tokens-per-pass", type=positive, help="most tokens per pass, with padding (default: all "
-        "that fit into memory); it changes memory and speed, not the result")
-    add("--gradient-accumulation-steps", type=positive, help="micro-batches per optimizer step")
-    add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the learning rate "
-        "(default: cosine, to 0)")
-    add("--warmup", type=in_range(int), default=10, help="warm-up steps (default: 10)")
-    add("--weight-decay", type=in_range(float), default=0.01, help="default: 0.01")
-    add("--max-grad-norm", type=in_range(float, above=0), default=1.0, help="default: 1")
-    add("--dropout", type=in_range(float, below=1), help="dropout rate (default: the checkpoint's)")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-        help="less memory for a third more time (default: xxl only)")
-    add("--checkpoint-every", type=positive, help="optimizer steps between evaluated checkpoints")
-    add("--keep-checkpoints", action="store_true", help="keep all checkpoints, not only the best "
-        "and the last")
-    add("--validation-limit", type=positive, help="problems per set at a checkpoint (default: all; "
-        "toy: 60)")
-    add("--bbh-limit", type=in_range(int), help="problems per BBH task at a checkpoint (default: "
-        "none; toy: 25)")
-    add("--test-limit", type=positive, help="problems per task in the last table (default: all)")
-    add("--shots", type=int, choices=[SHOTS], help="evaluate math also with 4 demonstrations in "
-        "the last table")
-    add("--skip-bbh", action="store_true", help="leave BIG-Bench Hard out of the last table")
-    add("--eval-batch-size", type=positive, default=64, help="problems per batch (default: 64)")
-    add("--max-new-tokens", type=positive, help="longest output (default: 256; toy: 64)")
-    add("--log-every", type=positive, default=10, help="steps between progress lines (default: 10)")
-    add("--seed", type=int, default=0, help="default: 0")
-    add("--device", choices=["cpu", "cuda", "mps"], help="default: the fastest one; toy: cpu")
-    add("--threads", type=positive, help="number of CPU threads (default: all; toy: 2)")
-    add("--precision", choices=["fp32", "bf16", "bf16-weights"], help="bf16: matrix products "
-        "(default on CUDA); bf16-weights: weights and gradients, half the memory (default: xxl)")
-    args = parser.parse_args(arguments)
+        epilog="Without arguments: the toy world in data/toy, on the CPU.",
+        argument_default=argparse.SUPPRESS)  # unset options stay absent
+    positive, rate = in_range(int, above=0), in_range(float, above=0)
+
+    def add(flag, help, unset="none", **options):
+        key = flag.lstrip("-").replace("-", "_")
+        values = [f"{name} {settings[key]}" if name else f"{settings[key]}"
+                  for name, settings in {"": DEFAULTS, **SIZES}.items()
+                  if settings.get(key) not in (None, False, 0)]
+        text = "; ".join(values).replace(f"{TOY.parents[1]}/", "") or unset
+        parser.add_argument(flag, help=f"{help} (default: {text})".replace("%", "%%"), **options)
+
+    add("--size", "the paper's settings for this FlanT5", "toy", choices=SIZES)
+    add("--model", "folder or hub name")
+    add("--teacher", "teacher records", "GSM8K's own solutions", type=Path)
+    add("--data", "folder of the problem sets; missing ones are downloaded", type=Path)
+    add("--name", "name of the run's folder in runs/", "the size")
+    add("--resume", "continue the run of this name with its settings", "no", action="store_true")
+    add("--dry-run", "print the memory and time of a run, and exit", "no", action="store_true")
+    add("--formats", "data formats to mix", nargs="+", choices=FORMATS)
+    add("--solutions-per-question", "most solutions of each question to train on", "all",
+        type=positive)
+    add("--loss", "loss for chains of thought", choices=LOSSES)
+    add("--epochs", "passes over the examples", type=positive)
+    add("--steps", "most optimizer steps", type=positive)
+    add("--optimizer", "of the weights", choices=["adamw", "adafactor"])
+    add("--learning-rate", "peak of the learning rate", type=rate)
+    add("--schedule", "of the learning rate; cosine goes to 0", choices=["cosine", "constant"])
+    add("--warmup", "steps in which the learning rate rises", type=in_range(int))
+    add("--weight-decay", "of the optimizer", type=in_range(float))
+    add("--max-grad-norm", "norm to which gradients are clipped", type=rate)
+    add("--dropout", "dropout rate", "the checkpoint's", type=in_range(float, below=1))
+    add("--micro-batch-size", "examples of each format", type=positive, nargs=4, metavar="N")
+    add("--gradient-accumulation-steps", "micro-batches per optimizer step", type=positive)
+    add("--tokens-per-pass", "most tokens in memory at a time, padding included; the result does "
+        "not depend on it", "what fits", type=positive)
+    add("--gradient-checkpointing", "less memory for a third more time", "no",
+        action=argparse.BooleanOptionalAction)
+    add("--precision", "bf16: matrix products; bf16-weights: weights and gradients, half the memory",
+        "bf16 on a GPU that has it, else fp32", choices=["fp32", "bf16", "bf16-weights"])
+    add("--checkpoint-every", "optimizer steps between evaluated checkpoints", type=positive)
+    add("--keep-checkpoints", "keep all checkpoints, not only the best and the last", "no",
+        action=argparse.BooleanOptionalAction)
+    add("--validation-limit", "problems per set at a checkpoint", "all", type=positive)
+    add("--bbh-limit", "problems per BBH task at a checkpoint", type=in_range(int))
+    add("--test-limit", "problems per task in the last table", "all", type=positive)
+    add("--shots", "evaluate math also in context in the last table, with 4 demonstrations drawn "
+        "from GSM8K's training set", type=int, choices=[0, SHOTS])
+    add("--demonstrations", "file of demonstrations in their place, in GSM8K's format", type=Path)
+    add("--skip-bbh", "leave BIG-Bench Hard out of the last table", "no",
+        action=argparse.BooleanOptionalAction)
+    add("--eval-batch-size", "most problems per batch", type=positive)
+    add("--max-new-tokens", "longest output", type=positive)
+    add("--log-every", "steps between progress lines", type=positive)
+    add("--seed", "of data order and dropout", "0", type=int)
+    add("--device", "where to run", choices=["cpu", "cuda", "mps"])
+    add("--threads", "number of CPU threads", type=positive)
+    typed = vars(parser.parse_args(arguments))
+    run, before = find_run(typed)
+    size = typed.get("size") or before.get("size") or "toy"
+    settings = dict(size=size, resume=False, dry_run=False, name=None) | DEFAULTS | SIZES[size]
+    args = argparse.Namespace(**settings | before | typed, run=run)
+    args.data, args.teacher = Path(args.data), args.teacher and Path(args.teacher)
     args.formats = list(dict.fromkeys(args.formats))
-    for key, value in (DEFAULTS | SIZES[args.size]).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
     if args.device not in ("cpu", best_device()):
         raise UserError(f"--device {args.device}: PyTorch finds none here; use {best_device()}")
-    if args.precision is None:
-        has_bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if has_bf16 else "fp32"
+    has_bf16 = args.device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
     if args.gradient_checkpointing and args.device == "mps" and args.dropout != 0:
         raise UserError("on MPS PyTorch recomputes with other dropout masks; add --dropout 0")
+    changed = [key for key, value in recorded(args).items()
+               if before.get(key, value) != value and key not in MAY_CHANGE]
+    if changed:
+        wrong = ", ".join(f"--{key.replace('_', '-')} {before[key]}" for key in changed)
+        raise UserError(f"{run} was started with {wrong}; leave this as it is, or start another "
+                        "run with --name")
     return args
 
 def make_deterministic(seed):
@@ -861,44 +1083,84 @@ def teacher_records(args, pool):
     stated = [replace(problem, solution=math_target(problem, cot=True)) for problem in pool]
     return [Record(problem, None, f"GSM8K, line {n}") for n, problem in enumerate(stated, 1)]
 
-def evaluate_with(args, model, tokenizer, task, cot, split, limit, shots=0, file=None):
+def table_tasks(args):
+    """Return the rows of the last table: [(task, chain of thought, demonstrations)]."""
+    shots = load_demonstrations(args.demonstrations or args.shots, args.data)
+    tasks = [(task, True, some) for some in ([], shots)[: 1 + bool(shots)] for task in DATASETS]
+    return tasks + ([] if args.skip_bbh else [("bbh", True, []), ("bbh", False, [])])
+
+def evaluate_with(args, model, tokenizer, task, cot, split, demonstrations=(), file=None):
     """Evaluate a task by the run's settings; a PredictionFile keeps the outputs."""
     with mixed_precision(args):
-        return evaluate_task(model, tokenizer, task, cot, split, args.data, limit, shots, file=file,
-                             batch_size=args.eval_batch_size, max_new_tokens=args.max_new_tokens)
+        return evaluate_task(
+            model, tokenizer, task, cot, split, args.data, limit_of(args, task, split),
+            demonstrations, verbose=file is not None, file=file, batch_size=args.eval_batch_size,
+            max_new_tokens=args.max_new_tokens)
+
+def limit_of(args, task, split):
+    """Return the number of problems of a task that are evaluated, or None for all."""
+    at_checkpoint = args.validation_limit if task in DATASETS else args.bbh_limit
+    return at_checkpoint if split == "validation" else args.test_limit
+
+def read_sets(args):
+    """Read, and download, all problem sets before training starts. Return {name: hash of content},
+    also of the teacher's records, so that a resumed run has the same."""
+    sets = {"math": [load("gsm8k", "train", args.data)]}
+    sets["math"] += [load(task, "test", args.data) for task in DATASETS]
+    if args.bbh_limit or not args.skip_bbh:
+        sets["bbh"] = [(load(task, "test", args.data), bbh_prompt(task, "", True, args.data))
+                       for task in bbh_tasks(args.data)]
+    contents = {name: repr(problems).encode("utf-8", "replace") for name, problems in sets.items()}
+    if args.teacher:
+        contents["teacher"] = args.teacher.read_bytes() if args.teacher.exists() else b""
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 
 def specialize(args, run):
     """Train, select a checkpoint, and report what was gained and lost."""
     torch.set_num_threads(args.threads)
-    make_deterministic(args.seed)
-    options = {"device": args.device, "dtype": weights_dtype(args)}
-    model, tokenizer = load_pretrained(args.model, dropout_rate=args.dropout, **options)
+    with torch.device("meta"):  # nothing but config.json is downloaded yet
+        parameters = count_parameters(T5(read_config(args.model)))
+    needed, free = sum(state_bytes(parameters, args)), MARGIN * free_memory(args.device)
+    if needed > free:
+        raise does_not_fit(parameters, args, f"{args.device} has {free / 1e9:.2f} GB free")
+    hashes = read_sets(args)
+    for name, value in getattr(args, "hashes", hashes).items():
+        if name in hashes and hashes[name] != value:
+            raise UserError(f"{args.teacher if name == 'teacher' else args.data}: its content has "
+                            f"changed since {run} was started; restore it, or start another run "
+                            "with --name")
+    args.hashes = getattr(args, "hashes", {}) | hashes
     pool = load("gsm8k", "train", args.data)
-    tests = [(task, True, 0) for task in DATASETS]  # (task, chain of thought, demonstrations)
-    tests += [(task, True, args.shots) for task in DATASETS if args.shots]
-    tests += [] if args.skip_bbh else [("bbh", True, 0), ("bbh", False, 0)]
-    for task in [*DATASETS, *([] if args.skip_bbh else bbh_tasks(args.data))]:
-        load(task, "test", args.data)  # download and check all problem sets before training
-        if task not in DATASETS:
-            bbh_prompt(task, "", True, args.data)
-    records = teacher_records(args, pool)
-    examples, summary = build_examples(records, tokenizer, args.formats, args.loss)
+    tokenizer = Tokenizer(args.model)
+    examples, summary = build_examples(teacher_records(args, pool), tokenizer, args.formats,
+                                       args.loss, limit=args.solutions_per_question)
     print(f"{summary}. Run: {run}", flush=True)
+    options = {"device": args.device, "dtype": weights_dtype(args), "dropout_rate": args.dropout}
+    if args.dry_run:
+        model = T5(read_config(args.model)).to(args.device, weights_dtype(args))
+    else:
+        model, _ = load_pretrained(args.model, **options)
+    encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
+    table_share = plan(model, tokenizer, examples, pool, encode, args)
+    if args.dry_run:
+        return
     atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
-    best = train(model, tokenizer, examples, pool, args, run)
+    make_deterministic(args.seed)
+    best = train(model, tokenizer, examples, pool, args, run, table_share=table_share)
 
     model = T5.from_pretrained(run / f"checkpoint-{best['step']}", dtype=weights_dtype(args))
     model.save_pretrained(run / "model")
     tokenizer.save(run / "model")
-    names = [display_name(task, args.data, cot) + f", {shots} shots" * bool(shots)
-             for task, cot, shots in tests]
+    tasks = table_tasks(args)
+    names = [display_name(task, args.data, cot) + f", {len(shots)} shots" * bool(shots)
+             for task, cot, shots in tasks]
     results = {}
     for name, folder in (("base", args.model), ("specialized", run / "model")):
         model = T5.from_pretrained(folder, **options)
         file = PredictionFile(run / "predictions.jsonl", name, weights=weights_hash(model),
                               precision=args.precision, max_new_tokens=args.max_new_tokens)
-        results[name] = [evaluate_with(args, model, tokenizer, task, cot, "test", args.test_limit,
-                                       shots, file) for task, cot, shots in tests]
+        results[name] = [evaluate_with(args, model, tokenizer, task, cot, "test", shots, file)
+                         for task, cot, shots in tasks]
     rows = [(name, entries) for name, *entries in zip(names, *results.values())]
     print(f"\n{table(list(results), rows)}\n\nSelected: step {best['step']}, the best on the "
           f"out-of-distribution validation sets: {format_metrics(best, args.data)}")
@@ -914,21 +1176,23 @@ def specialize(args, run):
 def main():
     """Specialize; if the run is interrupted, print how to resume it."""
     args = parse_arguments()
-    run = find_run(args)
+    run = args.run
     try:
-        with lock(run):
+        with contextlib.nullcontext() if args.dry_run else lock(run):
             specialize(args, run)
     except KeyboardInterrupt:
-        words = [word for word in sys.argv if word != "--resume"]
-        words += [] if args.name else ["--name", run.name]
-        how = f"Continue with: {shlex.join([sys.executable, *words, '--resume'])}"
+        words = [sys.executable, sys.argv[0], "--name", run.name, "--resume"]
+        how = f"Continue with: {shlex.join(words)}"
         if not (run / "arguments.json").exists():
             how = "Nothing was saved yet; start again."
         print(f"\nstopped. The last checkpoint: {last_checkpoint(run)}. {how}", file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory ({str(error).partition('. ')[0]}); use a smaller "
-                        "--micro-batch-size or --gradient-checkpointing") from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        with torch.device("meta"):
+            parameters = count_parameters(T5(read_config(args.model)))
+        raise does_not_fit(parameters, args, f"out of memory ({error})") from None
 
 if __name__ == "__main__":
     run_command(main)
