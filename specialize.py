@@ -40,8 +40,9 @@ from t5 import EOS, PAD, T5, UNK, UserError, best_device, in_range, load_pretrai
 from t5 import pad_sequences, run_command
 from align import BYTES, WORD_BOUNDARY, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, PredictionFile, Problem, bbh_prompt, bbh_tasks
-from eval import display_name, evaluate_task, exact_match, load, math_demonstration, math_prompt
-from eval import math_target, number_text, parse_gold_answer, read_log, table, weights_hash
+from eval import display_name, evaluate_task, exact_match, load, load_demonstrations
+from eval import math_demonstration, math_prompt, math_target, number_text, parse_gold_answer
+from eval import read_log, table, weights_hash
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait
@@ -823,7 +824,8 @@ def teacher_records(args, pool):
 def evaluate_with(args, model, tokenizer, task, cot, split, limit, shots=0, file=None):
     """Evaluate a task by the run's settings; a PredictionFile keeps the outputs."""
     with mixed_precision(args):
-        return evaluate_task(model, tokenizer, task, cot, split, args.data, limit, shots, file=file,
+        return evaluate_task(model, tokenizer, task, cot, split, args.data, limit,
+                             load_demonstrations(shots, args.data), file=file,
                              batch_size=args.eval_batch_size, max_new_tokens=args.max_new_tokens)
 
 def specialize(args, run):
