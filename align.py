@@ -6,8 +6,7 @@ s = s_1..s_L (teacher) and t = t_1..t_N (student) by the recursion
 
     f(i, j) = min(f(i-1, j), f(i, j-1), f(i-1, j-1)) + c(s_i, t_j),    f(1, 1) = c(s_1, t_1)
 
-If the cheapest path from (1, 1) to (L, N) visits (i, j), then s_i and t_j are aligned. All depends
-on the cost c, and on which path is taken if several are cheapest.
+If the cheapest path from (1, 1) to (L, N) visits (i, j), then s_i and t_j are aligned.
 
 Why not the edit distance of the two strings, as in the paper? It ignores where they occur in the
 text. Let the teacher write `a`, ` $`, `12` and the student `▁a`, `▁$12` (spaces do not count). If
@@ -66,7 +65,8 @@ def align(teacher, student):
     L, N = len(teacher), len(student)
     if not L or not N:
         return [[] for _ in student]
-    c = -overlap_matrix(teacher, student)
+    c = np.zeros((L, N), dtype=int)
+    np.add.at(c, shared_characters(teacher, student), -1)  # -= 1 at (i, j) per shared character
     f = [[math.inf] * (N + 1) for _ in range(L + 1)]
     f[0][0] = 0
     for i in range(1, L + 1):
@@ -82,12 +82,6 @@ def align(teacher, student):
         i, j = min(predecessors, key=lambda cell: f[cell[0]][cell[1]])  # ties: the diagonal
     return aligned
 
-def overlap_matrix(teacher, student):
-    """Count the characters of the text that both s_i and t_j write: (L, N)."""
-    overlap = np.zeros((len(teacher), len(student)), dtype=int)
-    np.add.at(overlap, shared_characters(teacher, student), 1)  # += 1 at (i, j), also if repeated
-    return overlap
-
 def shared_characters(teacher, student):
     """Return the teacher token and the student token of each character that both write."""
     s_text, s_owner = char_to_token(teacher)
@@ -101,19 +95,17 @@ def shared_characters(teacher, student):
 def char_to_token(tokens):
     """Return the text that tokens write, as T5 sees it, and the token index of each character.
 
-    The first of a run of spaces counts, so in ".\\n", " He" the first token owns the space.
-    A leading and a trailing space are dropped."""
-    parts = list(map(normalize, tokens))
-    text = "".join(parts)
-    owner = np.repeat(np.arange(len(parts)), np.fromiter(map(len, parts), int, len(parts)))
-    if "  " in text:
-        spaces = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32) == ord(" ")
-        after_space = np.append(False, spaces[:-1])
-        owner = owner[~(spaces & after_space)]
-        text = re.sub(" +", " ", text)
-    start = int(text.startswith(" "))
-    text = text.strip(" ")
-    return text, owner[start : start + len(text)]
+    Spaces at the start, at the end and after another space do not count. So in ".\\n", " He", which
+    write ". " and " He", the first token owns the space."""
+    text, owner, last = [], [], " "  # as if a space preceded the text
+    for i, token in enumerate(tokens):
+        for char in normalize(token):
+            if char != " " or last != " ":
+                text.append(char)
+                owner.append(i)
+            last = char
+    text = "".join(text).rstrip(" ")
+    return text, np.array(owner[: len(text)], dtype=int)
 
 @functools.lru_cache(maxsize=2**17)
 def normalize(token):
@@ -131,10 +123,8 @@ def normalize(token):
     return start + inner + end if inner else start
 
 def matching_blocks(s, t):
-    """Return (a, b, size) for the parts s[a : a + size] = t[b : b + size] of two similar texts.
-
-    The sequence matcher takes quadratic time, so it sees only what lies between the first and the
-    last difference."""
+    """Return (a, b, size) for the parts s[a : a + size] = t[b : b + size] of two similar texts. The
+    sequence matcher, in quadratic time, sees only what is between the first and last difference."""
     before = len(os.path.commonprefix([s, t]))
     after = len(os.path.commonprefix([s[before:][::-1], t[before:][::-1]]))
     s_end, t_end = len(s) - after, len(t) - after
@@ -145,14 +135,21 @@ def matching_blocks(s, t):
 # --- its fast twin ---
 
 def align_batch(pairs):
-    """Return align(teacher, student) for each pair by the closed form of the recursion, which takes
+    """Return align(teacher, student) for each pair by a closed form of the recursion, which takes
     linear time if the two texts are equal.
 
-    Every character that both texts share puts one cell (i, j) on the best path. Let (i', j') be the
-    next such cell. In between nothing is gained, so the traceback from (i', j') follows the
-    diagonal until it meets row i or column j, and then this row or column. A student token n with
-    j <= n < j' is therefore aligned up to the teacher token max(i, i' - (j' - n)). It starts at the
-    first cell in its column, or, if the column has none, at this same token."""
+    A character of both texts puts the cell (i, j) of its two tokens on the best path. Let (i', j')
+    be the cell of the next such character. Cells in between share nothing, so the traceback leaves
+    (i', j') along the diagonal until it meets column j or row i, and follows that to (i, j):
+
+            j  .  j'          j  .  .  j'
+        i   o             i   o  o  o
+        .   o             i'           o
+        .      o
+        i'        o
+
+    So for j <= n < j' student token n is aligned up to the teacher token max(i, i' - (j' - n)). The
+    first one is that of the first cell in column n or, if n > j, this same token."""
     return [align_in_closed_form(teacher, student) if teacher and student else [[] for _ in student]
             for teacher, student in pairs]
 
@@ -160,13 +157,13 @@ def align_in_closed_form(teacher, student):
     """Align one pair of non-empty token lists as align_batch describes."""
     L, N = len(teacher), len(student)
     s_owner, t_owner = shared_characters(teacher, student)
-    # The cells: the path's start, the shared characters, the path's end, and one beyond it.
+    # All cells: the path's start, the shared characters, the path's end, and one beyond it.
     i = np.concatenate([[0], s_owner, [L - 1, L]])
     j = np.concatenate([[0], t_owner, [N - 1, N]])
     n = np.arange(N)
     start = np.searchsorted(j, n, "left")
-    end = np.searchsorted(j, n, "right")  # cells start..end - 1 lie in column n
-    last = np.maximum(i[end - 1], i[end] - (j[end] - n))
+    end = np.searchsorted(j, n, "right")  # cells start..end - 1 are in column n, if any
+    last = np.maximum(i[end - 1], i[end] - (j[end] - n))  # end - 1 is (i, j), end is (i', j')
     first = np.where(start < end, i[start], last)
     indices = list(range(L))
     return [indices[a : b + 1] for a, b in zip(first.tolist(), last.tolist())]
@@ -206,9 +203,8 @@ def transfer(steps, student, vocab, k=5):
     vocab: the student's pieces in the order of their ids, or {piece: id}.
 
     A one-to-one student token takes its partner's distribution. Each candidate goes to the student
-    token that spells the same (see spelling), where probabilities add up; candidates without one
-    are dropped. Every other student token gets a one-hot target. So does a token whose partner
-    reports no (or zero) probability for it.
+    token that spells the same (see spelling), where probabilities add up; others are dropped. Every
+    other student token gets a one-hot target, as does one whose partner reports no probability.
     Return ids (N, k) int32 and probs (N, k) float32, most probable first, unused slots 0. Each row
     contains the student's own token and sums to at most 1. Raises ValueError if a candidate's
     probability is outside [0, 1], rounding aside."""
@@ -254,10 +250,8 @@ def starts_word(token):
 # --- the command ---
 
 def draw(teacher, student, colour, width=100):
-    """Format both tokenizations as two lines, one column per group of aligned tokens.
-
-    Green columns are one-to-one: the student takes the teacher's distribution. Others are yellow.
-    """
+    """Format both tokenizations as two lines, a column per group of aligned tokens. Green ones are
+    one-to-one: the student takes the teacher's distribution. Others are yellow."""
     aligned = align(teacher, student)
     partners = one_to_one(teacher, student, aligned)
     columns, last = [], -1  # each column: ([teacher indices], [student indices])
@@ -269,18 +263,25 @@ def draw(teacher, student, colour, width=100):
         last = indices[-1]
     lines, used = [], width
     for s, t in columns:
-        above = "|".join(teacher[i].replace(" ", "·").replace("\n", "⏎") for i in s)
-        below = "|".join(student[j] for j in t)
-        size = max(len(above), len(below))
+        above, above_size = show_tokens([teacher[i] for i in s])
+        below, below_size = show_tokens([student[j] for j in t])
+        size = max(above_size, below_size)
         if used + size + 1 > width:
             lines += ["teacher  ", "student  ", ""]
             used = len("teacher  ")
         green = all(partners[j] is not None for j in t)
         start, end = (f"\033[{32 if green else 33}m", "\033[0m") if colour else ("", "")
-        lines[-3] += f"{start}{above:<{size}}{end} "
-        lines[-2] += f"{start}{below:<{size}}{end} "
+        lines[-3] += start + above + " " * (size - above_size) + end + " "
+        lines[-2] += start + below + " " * (size - below_size) + end + " "
         used += size + 1
     return "\n".join(lines[:-1])
+
+def show_tokens(tokens):
+    """Return tokens as one text, control characters escaped, and the terminal columns it takes:
+    two per wide character, such as a Chinese one."""
+    text = "|".join(tokens).replace(" ", "·").replace("\n", "⏎")
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return text, sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
 
 def main():
     """Draw how two tokenizers split a text, and which tokens are aligned."""
@@ -300,8 +301,7 @@ def main():
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        sys.exit(f"error: {path}: {error}; `python t5.py google/flan-t5-small hi` downloads one, "
-                 "or use --student FOLDER")
+        sys.exit(f"error: {path}: {error}; `python t5.py google/flan-t5-small hi` downloads one")
     is_file = args.text.endswith((".jsonl", ".jsonl.gz"))
     try:
         if is_file:

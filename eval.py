@@ -11,6 +11,7 @@ authors is computed beside it. Tables, plots and the command come last.
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,6 +21,8 @@ import random
 import re
 import shutil
 import textwrap
+import time
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,21 +42,19 @@ DEFAULT_DATA = Path(__file__).resolve().parent / "data" / "downloads"
 
 @dataclass
 class Problem:
-    """A question with its gold answer: a float if it is a number, otherwise text.
-
-    solution: the reference reasoning, if any, without calculator marks and final-answer line.
-    written: GSM8K's answer as published, with its commas, for the authors' scoring rule."""
+    """A question with its gold answer."""
 
     question: str
-    answer: float | str
-    solution: str = ""
-    written: str = ""
+    answer: float | str  # a float if it is a number
+    solution: str = ""  # the reference reasoning, if any, without calculator marks
+    written: str = ""  # the answer as published, such as 1,080 or 1/4, for the authors' rule
+    split: str = "test"  # or "validation"
 
     def __post_init__(self):
         if not (isinstance(self.question, str) and self.question.strip()):
             raise ValueError("the question is empty or not a string")
-        is_number = isinstance(self.answer, float) and math.isfinite(self.answer)
-        if not (is_number or (isinstance(self.answer, str) and self.answer)):
+        if not (math.isfinite(self.answer) if isinstance(self.answer, float)
+                else isinstance(self.answer, str) and self.answer):
             raise ValueError(f"the answer {self.answer!r} is neither a finite float nor text")
 
 def parse_gsm8k(line):
@@ -74,7 +75,8 @@ def parse_asdiv(node):
     """Parse a problem of ASDiv: body and question, and an answer such as `9 (apples)`. Of
     the 2,305 answers 212 are not one number (names, times, ratios, lists) and stay text."""
     body, question, answer = (node.findtext(tag).strip() for tag in ("Body", "Question", "Answer"))
-    return Problem(f"{body} {question}", parse_gold_answer(re.sub(r"\s+\([^()]*\)", "", answer)))
+    without_units = re.sub(r"\s+\([^()]*\)", "", answer)
+    return Problem(f"{body} {question}", parse_gold_answer(without_units), written=answer)
 
 def parse_svamp(entry):
     """Parse a problem of SVAMP: body and question become one text."""
@@ -95,20 +97,14 @@ def parse_gold_answer(text):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A math problem set.
-
-    file: its path in the data folder (.jsonl, .json or .xml).
-    parse: a function from one entry (a line, an object, a node) to a Problem.
-    validation: the size of the validation part (at most half); no set has an official one.
-    validate: evaluate the validation part at every checkpoint.
-    select: count it in the choice of the checkpoint; this needs validate."""
+    """A math problem set."""
 
     name: str
-    file: str
-    parse: Callable
-    validation: int
-    validate: bool
-    select: bool
+    file: str  # its path in the data folder (.jsonl, .json or .xml)
+    parse: Callable  # a function from one entry (a line, an object, a node) to a Problem
+    validation: int  # the size of the validation part (at most half); no set has an official one
+    validate: bool  # evaluate the validation part at every checkpoint
+    select: bool  # count it in the choice of the checkpoint; this needs validate
 
 # GSM8K is in distribution (training uses its training set), so it does not select.
 DATASETS = {
@@ -118,10 +114,8 @@ DATASETS = {
     "asdiv": Dataset("ASDiv", "asdiv/ASDiv.xml", parse_asdiv, 500, validate=True, select=True),
     "svamp": Dataset("SVAMP", "svamp/SVAMP.json", parse_svamp, 500, validate=True, select=True),
 }
-GSM8K_TRAIN = "gsm8k/train.jsonl"
 GITHUB = os.environ.get("GITHUB_ENDPOINT", "https://raw.githubusercontent.com").rstrip("/")
-# Where the problem sets are published, {file: [repository at a commit, path there, SHA-256]}, and
-# the names of BBH's 27 tasks.
+# Where the problem sets are published: {file: [repository at a commit, path there, SHA-256]}.
 PUBLISHED = json.loads((TOY.parent / "sources.json").read_text(encoding="utf-8"))
 SOURCES, BBH_SOURCE, BBH_TASKS = (PUBLISHED[key] for key in ("files", "bbh", "bbh_tasks"))
 
@@ -135,18 +129,15 @@ def display_name(task, folder, cot=True):
     is_toy = Path(folder).resolve() == TOY
     if task == "bbh":
         return f"{'generic' if is_toy else 'BBH'} {'CoT' if cot else 'answer-only'}"
-    name = DATASETS[task].name if task in DATASETS else task
-    return f"toy-{name}" if is_toy else name
+    return "toy-" * is_toy + (DATASETS[task].name if task in DATASETS else task)
 
 def data_file(folder, name):
     """Return the path of a file in the data folder, after downloading it if it is missing."""
-    if name in SOURCES:
-        repository, path, sha256 = SOURCES[name]
-        return download(f"{GITHUB}/{repository}/{path}", Path(folder) / name, sha256)
-    if name.startswith("bbh/"):
-        url = f"{GITHUB}/{BBH_SOURCE}/{name.removeprefix('bbh/')}"
-        return download(url, Path(folder) / name)
-    return Path(folder) / name
+    target = Path(folder) / name
+    if name not in SOURCES and not name.startswith("bbh/"):
+        return target
+    repository, path, sha256 = SOURCES.get(name, (BBH_SOURCE, name.removeprefix("bbh/"), None))
+    return download(f"{GITHUB}/{repository}/{path}", target, sha256)
 
 def load(task, split="test", folder=DEFAULT_DATA):
     """Return the problems of a math set or of a BBH task as a list of Problem.
@@ -154,28 +145,32 @@ def load(task, split="test", folder=DEFAULT_DATA):
     split: "train" (only GSM8K has one), "validation", "test" or "all". Validation and test parts
     are drawn with a fixed seed and are in random order, so that the first n are a sample. All of a
     BBH task is its test part. Raises UserError naming the file and the problem."""
-    if task not in DATASETS and task not in bbh_tasks(folder):
-        known = ", ".join([*DATASETS, *bbh_tasks(folder)])
-        raise UserError(f"no task {task!r}; choose from {known}")
-    parts = ["validation", "test", "all"] if task in DATASETS else ["test", "all"]
-    if task == "gsm8k":
-        parts.append("train")
+    if task not in (known := [*DATASETS, *bbh_tasks(folder)]):
+        raise UserError(f"no task {task!r}; choose from {', '.join(known)}")
+    parts = ["validation"] * (task in DATASETS) + ["test", "all"] + ["train"] * (task == "gsm8k")
     if split not in parts:
         raise UserError(f"{task} has no {split!r} part; choose from {', '.join(parts)}")
     if split == "train":
-        return read_problems(data_file(folder, GSM8K_TRAIN), parse_gsm8k)
+        return read_problems(data_file(folder, "gsm8k/train.jsonl"), parse_gsm8k)
     size, file, parse = 0, f"bbh/bbh/{task}.json", parse_bbh
     if task in DATASETS:
         size, file, parse = DATASETS[task].validation, DATASETS[task].file, DATASETS[task].parse
     problems = read_problems(data_file(folder, file), parse)
-    if split == "all":
-        return problems
-    random.Random(0).shuffle(problems)
+    shuffled = list(problems)
+    random.Random(0).shuffle(shuffled)
     size = min(size, len(problems) // 2)
-    return problems[:size] if split == "validation" else problems[size:]
+    for problem in shuffled[:size]:
+        problem.split = "validation"
+    return {"validation": shuffled[:size], "test": shuffled[size:], "all": problems}[split]
 
-# What parsing data that are not as expected can raise.
-BAD_DATA = ValueError, LookupError, TypeError, AttributeError, RecursionError
+def load_demonstrations(source, folder=DEFAULT_DATA):
+    """Return demonstrations for math prompts, a list of Problems: those in a file in GSM8K's
+    format, or a number of them drawn from GSM8K's training set with a fixed seed."""
+    if isinstance(source, int):
+        return random.Random(0).sample(load("gsm8k", "train", folder) if source else [], source)
+    return read_problems(source, parse_gsm8k)
+
+BAD_DATA = ValueError, LookupError, TypeError, AttributeError, RecursionError  # what parsers raise
 
 def read_problems(path, parse):
     """Read a file of problems. Raises UserError naming the file and the line or problem."""
@@ -257,11 +252,14 @@ def bbh_demonstrations(task, cot, folder):
 
 # Other spellings of numbers -> the spelling that NUMBER reads, replaced in this order.
 PLAIN_SPELLINGS = {
-    r"(?s)^(\D*\d.*?)(?<=[^\s*#])\s[\s*#]*(?:Q|Question|Problem)[ \d]*:.*": r"\1",  # 72\n\nQ: Is 5
+    # Cut off the next question that a model makes up after a first number: 72\n\n### Question 2: Is
+    # 5. (The lookbehind only saves time in long runs of white space.)
+    r"(?s)^(\D*\d.*?)(?<=[^\s*#])\s[\s*#]*(?:Q|Question|Problem)[ \d]*:.*": r"\1",
     r"\\?[$€£]|\\!": "",  # -$5, $-5, \$5; 70,\!000
     r"[\u2010-\u2013\u2212\ufe63\uff0d]|\u2014(?=\d)": "-",  # dashes and minus signs
     r"(?<=\d)(?<!\d{4})\{?\\?,\}?(?=\d{3}(?!\d))": "",  # 9,500; 9{,}500; 9\,500
-    r"(?: |\\,)?(-?)\\.?frac(?:\{(-?[\d.]+)\}\{(\d+)\}|(\d)(\d))": r" \1\2\4/\3\5",  # \frac{3}{4}
+    # \frac{3}{4} or \dfrac34 becomes " 3/4", after a sign if any, and so 2\frac34 becomes 2 3/4.
+    r"(?: |\\,)?(-?)\\.?frac(?:\{(-?[\d.]+)\}\{(\d+)\}|(\d)(\d))": r" \1\2\4/\3\5",
     r"(?<=[a-zA-Z}])\^\{?-?\d+\}?|(?<=\Wm|\dm|[cdkm]m|ft|in|yd|mi)[23]\b": "",  # m^2, cm2
     r"(?<=\d) *(?:[x×*]|\\times|\\cdot) *10\^\{?(-?\d+)\}?": r"e\1",  # 1.5 x 10^3
     # A hyphen before a number is its sign, unless it joins the number to what precedes it.
@@ -287,17 +285,19 @@ def extract_number(text):
     return -value if last["sign"] else value
 
 def extract_choice(text):
-    """Return the final answer of a BBH output by the benchmark's rule.
-
-    It is what follows the last "answer is ", without a final period, or else the complete text, as
-    in answer-only outputs. Compare with ==: an output like "(A) or (B)" matches neither option."""
+    """Return the final answer of a BBH output by the benchmark's rule: what follows the last
+    "answer is ", without a final period, or else the complete text, as in answer-only outputs.
+    Compare with ==: an output like "(A) or (B)" matches neither option."""
     _, phrase, answer = text.rpartition("answer is ")
     return answer.strip().removesuffix(".") if phrase else answer.strip()
 
+def final_answer(output, answer):
+    """Return the final answer of an output: a number if the gold answer is one, otherwise text."""
+    return extract_number(output) if isinstance(answer, float) else extract_choice(output)
+
 def exact_match(output, answer):
     """Return whether the final answer of an output equals the gold answer, a float or a text."""
-    extract = extract_number if isinstance(answer, float) else extract_choice
-    return extract(output) == answer
+    return final_answer(output, answer) == answer
 
 def authors_match(output, answer, is_math, cot):
     """Score an output by the rules behind the paper's figures; answer is a text.
@@ -332,12 +332,12 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
         raise UserError(f"{task}: no problem to evaluate; raise --limit")
     prompt = prompt or functools.partial(math_prompt, cot=cot)
     prompts = [prompt(problem.question) for problem in problems]
-    outputs = [file.outputs(task, text) if file else None for text in prompts]
+    outputs = [file.known.get((task, text)) if file else None for text in prompts]
     input_ids = {i: tokenizer.encode(prompts[i]) for i, known in enumerate(outputs) if not known}
     device = model.shared.weight.device
-    options = {"max_new_tokens": max_new_tokens, "num_samples": samples}
-    if samples > 1:
-        options |= {"temperature": temperature, "generator": torch.Generator(device).manual_seed(0)}
+    generator = torch.Generator(device) if samples > 1 else None
+    options = {"max_new_tokens": max_new_tokens, "num_samples": samples, "generator": generator,
+               "temperature": temperature if samples > 1 else 0.0}
 
     # Problems of similar length share a batch, so that little is padded. The longest come first: if
     # they fit into memory, all do.
@@ -345,8 +345,10 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
     with packed_weights(model.decoder, model.lm_head):
         while order:
             fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
-            rows = int((0.9 * free_memory(device.type) - fixed) / (row * samples))
+            rows = int((free_memory(device.type) - fixed) / (row * samples))
             batch = order[: max(1, min(batch_size, rows))]
+            if generator:
+                generator.manual_seed(batch[0])  # a resumed evaluation draws the same samples
             source = pad_sequences([input_ids[i] for i in batch], device)
             try:
                 generated = model.generate(source, **options).tolist()
@@ -367,55 +369,57 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
                       for i, problem in enumerate(problems)])
 
 def score(problem, task, prompt, outputs, cot):
-    """Return the prediction for a problem: a dict with its score by exact match and by the
-    authors' rule."""
-    extract = extract_number if isinstance(problem.answer, float) else extract_choice
+    """Return the prediction for a problem: a dict with its scores by both rules."""
+    extract = functools.partial(final_answer, answer=problem.answer)
     output = self_consistency(outputs, extract)
     written = problem.written or number_text(problem.answer)
     prediction = {
-        "task": task, "question": problem.question, "prompt": prompt, "output": output,
-        "extracted": extract(output), "answer": problem.answer,
+        "task": task, "split": problem.split, "question": problem.question, "prompt": prompt,
+        "output": output, "extracted": extract(output), "answer": problem.answer,
         "correct": exact_match(output, problem.answer),
         "correct_by_authors": authors_match(output, written, task in DATASETS, cot),
     }
     return prediction | ({"outputs": outputs} if len(outputs) > 1 else {})
 
 def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None,
-                  shots=0, **options):
+                  demonstrations=(), verbose=False, **options):
     """Evaluate a task by name; "bbh" is the mean over all BBH tasks. BBH has only a test part.
 
     limit: at most this many problems per task.
-    shots: demonstrations from GSM8K's training set before a math problem (BBH has its own three).
-    options: see evaluate()."""
+    demonstrations: Problems that precede each math problem (BBH has its own three).
+    verbose: print a line for each task when its evaluation ends. options: see evaluate()."""
     if task == "bbh":
-        parts = [evaluate_task(model, tokenizer, name, cot, "test", folder, limit, **options)
-                 for name in bbh_tasks(folder)]
+        parts = [evaluate_task(model, tokenizer, name, cot, "test", folder, limit, verbose=verbose,
+                               **options) for name in bbh_tasks(folder)]
         return summarize([prediction for part in parts for prediction in part.predictions])
-    if task in DATASETS:
-        problems = load(task, split, folder)[:limit]
-        pool = load("gsm8k", "train", folder) if shots else []
-        demonstrations = random.Random(0).sample(pool, shots)
-        prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
-    else:
-        problems = load(task, "test", folder)[:limit]
-        prompt = functools.partial(bbh_prompt, task, cot=cot, folder=folder)
-    return evaluate(model, tokenizer, problems, prompt, task=task, cot=cot, **options)
+    start = time.time()
+    prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
+    if task not in DATASETS:
+        split, prompt = "test", functools.partial(bbh_prompt, task, cot=cot, folder=folder)
+    problems = load(task, split, folder)[:limit]
+    result = evaluate(model, tokenizer, problems, prompt, task=task, cot=cot, **options)
+    if verbose:
+        shots = f", {len(demonstrations)} shots" if demonstrations and task in DATASETS else ""
+        print(f"{display_name(task, folder)}{shots}{'' if cot else ', answer-only'}: {result} % of "
+              f"{len(problems):,} problems, {time.time() - start:.0f} s", flush=True)
+    return result
 
 @dataclass
 class Evaluation:
-    """An accuracy (0 to 1) or a difference of two, its standard error, and one prediction (a dict)
-    per problem."""
+    """An accuracy, or a difference of two, with its standard error; in percent if printed."""
 
-    accuracy: float
+    accuracy: float  # 0 to 1
     stderr: float
-    predictions: list
+    predictions: list  # a dict per problem
+
+    def __str__(self):
+        return f"{100 * self.accuracy:.1f} ± {100 * self.stderr:.1f}"
 
 def summarize(predictions, rule="correct", baseline=None):
     """Average predictions over tasks; return an Evaluation.
 
     rule: "correct" (exact match) or "correct_by_authors".
-    baseline: another model's predictions on the same problems. Then the result is the difference to
-    them, with the standard error of paired differences."""
+    baseline: another model's predictions for the same problems; returns the paired difference."""
     scores = {}  # task: one number per problem
     for i, prediction in enumerate(predictions):
         reference = baseline[i][rule] if baseline else 0
@@ -437,17 +441,13 @@ class PredictionFile:
     def __init__(self, path, model, **settings):
         self.path = Path(path)
         self.origin = {"model": model, "settings": settings}
-        self.known = {}
+        self.known = {}  # {(task, prompt): list of outputs}
         for p in read_predictions(path) if self.path.exists() else ():
             if {key: p.get(key) for key in self.origin} == self.origin:
                 self.known[p["task"], p["prompt"]] = p.get("outputs", [p["output"]])
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             with open(self.path, "a") as file:
                 file.write("\n")  # end a line that was cut short
-
-    def outputs(self, task, prompt):
-        """Return the model's outputs for a prompt, a list of texts, or None if unknown."""
-        return self.known.get((task, prompt))
 
     def add(self, prediction):
         """Append a prediction."""
@@ -457,68 +457,71 @@ class PredictionFile:
 
 def read_predictions(path):
     """Read a file of predictions as dicts. Raises UserError if it is something else."""
-    predictions = []
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; eval.py MODEL --out writes one") from None
+    lines, predictions = Path(path).read_bytes().splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             prediction = json.loads(line)
         except (ValueError, RecursionError):
             continue  # cut short
-        keys = ("task", "prompt", "output")
-        if type(prediction) is not dict or not all(type(prediction.get(k)) is str for k in keys):
+        if type(prediction) is not dict or not {"task", "prompt", "output"} <= set(prediction):
             raise UserError(f"{path}, line {number}: not a prediction; choose another --out")
         predictions.append(prediction)
     if lines and not predictions and not lines[0].startswith(b"{"):
         raise UserError(f"{path}: not a file of predictions; choose another --out")
     return predictions
 
-def table(columns, rows):
-    """Format a table: column names, then rows (name, [Evaluation or None]) in percent."""
-    lines = [["accuracy, %", *columns]]
-    for name, entries in rows:
-        lines.append([name, *("-" if e is None else f"{100 * e.accuracy:.1f} ± {100 * e.stderr:.1f}"
-                              for e in entries)])
+def table(columns, rows, title="accuracy, %"):
+    """Format a table: a title and column names, then rows (name, [Evaluation or None])."""
+    lines = [[title, *columns]]
+    lines += [[name, *("-" if e is None else str(e) for e in entries)] for name, entries in rows]
     first, *widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(f"{name:<{first}}" + "".join(f"  {x:>{n}}" for x, n in zip(cells, widths))
                      for name, *cells in lines)
 
 def compare(names, models):
-    """Format a table with a row per task and a column per model, {model: [Evaluation per task]}.
+    """Compare models, {name: [Evaluation per task]}: tables with a row per task (names) and a
+    column per model, which goes by its number. They contain the accuracies by exact match, the
+    paired differences to the first model, and the accuracies by the authors' rules."""
 
-    Each model but the first also has a column with its paired difference to the first. Below the
-    rows by exact match are the same rows by the authors' rules."""
-    baseline, *others = models.values()
-    columns, rows = list(models) + [f"{name} - first" for name in list(models)[1:]], []
-    for rule, suffix in (("correct", ""), ("correct_by_authors", ", authors' rule")):
-        for i, name in enumerate(names):
-            entries = [summarize(e[i].predictions, rule) for e in models.values()]
-            entries += [summarize(e[i].predictions, rule, baseline[i].predictions) for e in others]
-            rows.append((f"{name} ({len(baseline[i].predictions)}){suffix}", entries))
-    return table(columns, rows)
+    def rows(evaluations, rule="correct", baseline=None):
+        return [(name, [summarize(e[i].predictions, rule, baseline and baseline[i].predictions)
+                        for e in evaluations]) for i, name in enumerate(names)]
 
-def show_cases(path, count, tasks):
-    """Yield lines of text: up to `count` right and wrong predictions per model, task and settings.
-    tasks: names, "bbh" for all that are not math sets, or nothing for all."""
-    width = shutil.get_terminal_size((80, 24)).columns
+    first, *others = models.values()
+    numbers = [str(number) for number, _ in enumerate(models, 1)]
+    legend = "\n".join(map("  ".join, zip(numbers, models)))
+    blocks = [legend, table(numbers, rows(models.values()))]
+    if others:
+        columns = [f"{number} - 1" for number in numbers[1:]]
+        blocks.append(table(columns, rows(others, baseline=first), "difference, %"))
+    by_authors = rows(models.values(), "correct_by_authors")
+    return "\n\n".join([*blocks, table(numbers, by_authors, "authors' rule, %")])
+
+def show_cases(path, count, tasks=(), split="all"):
+    """Yield lines that fit the terminal: up to `count` right and wrong predictions per model, task
+    and settings. tasks: names, "bbh" for all that are not math sets, or nothing for all.
+    split: "validation", "test" or "all"; predictions of older versions do not name theirs."""
+    width = shutil.get_terminal_size().columns
     groups = {}
     for p in read_predictions(path):
-        if not tasks or p["task"] in tasks or ("bbh" in tasks and p["task"] not in DATASETS):
-            settings = json.dumps(p.get("settings", {}))
-            key = str(p.get("model")), p["task"], settings, not p.get("correct")
+        chosen = not tasks or p["task"] in tasks or ("bbh" in tasks and p["task"] not in DATASETS)
+        if chosen and split in ("all", p.get("split", split)):
+            result = "right" if exact_match(p["output"], p.get("answer")) else "wrong"
+            key = str(p.get("model")), p["task"], json.dumps(p.get("settings", {})), result
             groups.setdefault(key, []).append(p)
     if not groups:
-        raise UserError(f"{path}: no prediction of these tasks yet; `eval.py MODEL` writes them")
-    for (model, task, settings, wrong), cases in sorted(groups.items()):
-        yield f"=== {model}, {task}: {len(cases)} {'wrong' if wrong else 'right'} === {settings}"
+        raise UserError(f"{path}: no prediction of these --tasks and --split; evaluate them first")
+    for (model, task, settings, result), cases in sorted(groups.items()):
+        texts = [f"=== {model}, {task}: {len(cases)} {result} === {settings}"]
         for p in cases[:count]:
-            answer = f"-> {p.get('extracted')}   gold: {p.get('answer')}"
-            text = f"{p.get('question') or p['prompt']}\n\n{p['output']}\n{answer}"
-            for line in text.split("\n"):
-                yield from textwrap.wrap(line, width) or [""]
-            yield "-" * width
+            answer = final_answer(p["output"], p.get("answer"))
+            texts += [f"{p.get('question') or p['prompt']}\n\n{p['output']}",
+                      f"-> {answer}   gold: {p.get('answer')}", "-" * width]
+        for line in "\n".join(texts).split("\n"):
+            # Escape control characters. Wide characters, such as Chinese ones, take two columns.
+            line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+            wide = any(unicodedata.east_asian_width(char) in "WF" for char in line)
+            yield from textwrap.wrap(line, width // 2 if wide else width) or [""]
 
 # --- plots ---
 
@@ -527,8 +530,8 @@ def log_linear_fit(parameters, accuracies):
     standard error (NaN for two points) and the intercept."""
     x, y = np.log10(parameters), np.array(accuracies)
     slope, intercept = np.polyfit(x, y, 1)
-    residuals = y - intercept - slope * x
-    variance = np.square(residuals).sum() / (len(x) - 2) if len(x) > 2 else math.nan
+    squares = np.square(y - intercept - slope * x).sum()
+    variance = squares / (len(x) - 2) if len(x) > 2 else math.nan
     return slope, np.sqrt(variance / np.square(x - x.mean()).sum()), intercept
 
 def scaling_plot(path, points):
@@ -537,77 +540,63 @@ def scaling_plot(path, points):
     points: {label: [(parameters, accuracy in percent, standard error)]}, at least two sizes."""
     if any(len({size for size, _, _ in models}) < 2 for models in points.values()):
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
-    figure, axes = new_figure("parameters", "accuracy (%)")
-    ends = []
-    for label, models in points.items():
-        sizes, accuracies, stderrs = (np.array(column) for column in zip(*sorted(models)))
-        slope, error, intercept = log_linear_fit(sizes, accuracies)
-        dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3)
-        fit = intercept + slope * np.log10(sizes)
-        axes.plot(sizes, fit, "--", color=dots.get_color())
-        error = "" if math.isnan(error) else f" ± {error:.0f}"
-        label = f"{label}\n{slope:+.0f}{error} per factor 10"
-        ends.append((sizes[-1], fit[-1], label, dots.get_color()))
-    axes.set_xscale("log")
-    label_ends(axes, ends, lines=2)
-    save_figure(figure, path)
+    with new_plot(path, "parameters", "accuracy (%)") as axes:
+        axes.set_xscale("log")
+        for label, models in points.items():
+            sizes, accuracies, stderrs = map(np.array, zip(*sorted(models)))
+            slope, error, intercept = log_linear_fit(sizes, accuracies)
+            dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3)
+            label += f": {slope:+.0f}" + ("" if math.isnan(error) else f" ± {error:.0f}")
+            axes.plot(sizes, intercept + slope * np.log10(sizes), "--", color=dots.get_color(),
+                      label=f"{label} per factor 10")
 
 def curves_plot(path, curves, ylabel="accuracy (%)", mark=None):
     """Plot curves over training steps: {label: [(step, mean, standard error)]}.
     mark: a step to mark with a vertical line, the selected checkpoint's."""
-    figure, axes = new_figure("optimizer step", ylabel)
-    ends = []
-    for label, points in curves.items():
-        steps, means, errors = zip(*points)
-        line, *_ = axes.errorbar(steps, means, errors, marker=".", capsize=2)
-        ends.append((steps[-1], means[-1], label, line.get_color()))
-    if mark is not None:
-        axes.axvline(mark, color="gray", linestyle=":")
-        axes.annotate("selected", (mark, 1), xycoords=("data", "axes fraction"), ha="right",
-                      va="bottom", color="gray")
-    label_ends(axes, ends)
-    save_figure(figure, path)
+    with new_plot(path, "optimizer step", ylabel) as axes:
+        for label, points in curves.items():
+            axes.errorbar(*zip(*points), fmt=".-", capsize=2, label=label)
+        if mark is not None:
+            axes.axvline(mark, color="gray", linestyle=":", label="selected checkpoint")
 
-def label_ends(axes, ends, lines=1):
-    """Write each curve's label at its end, (x, y, label, color), moved up where two would meet."""
-    low, high = axes.get_ylim()
-    free = -math.inf  # the height from which on there is room
-    for x, y, label, color in sorted(ends):
-        free = max(y, free)
-        axes.annotate(label, (x, free), (6, 0), textcoords="offset points", va="center",
-                      color=color, annotation_clip=False)
-        free += 0.075 * lines * (high - low)
+@contextlib.contextmanager
+def new_plot(path, xlabel, ylabel):
+    """Context manager: yield the axes of a figure; at the end save it in the format of the file's
+    extension. Raises UserError if matplotlib is missing or the file cannot be written."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plots need matplotlib; run: pip install matplotlib") from None
+    axes = Figure(figsize=(6, 3.8), layout="constrained").subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    axes.legend(frameon=False, fontsize="small")
+    try:
+        axes.figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; choose another name") from None
 
 def trade_off_plot(path, logs):
     """Plot the accuracies in logs of runs against training steps: the math validation sets, and
     BIG-Bench Hard if --bbh-limit measured it. With one log, mark the selected checkpoint."""
-    curves, selected = {}, None
+    curves = {}  # {label: [(step, percent, standard error)]}
     for log in map(Path, logs):
-        arguments = read_object(log.with_name("arguments.json"))
-        selected = read_object(log.with_name("results.json")).get("selected", {}).get("step")
+        run = {}
+        for file in (log.with_name("arguments.json"), log.with_name("results.json")):
+            run |= json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         prefix = f"{log.parent.name}, " if len(logs) > 1 else ""
-        for label, points in log_curves(read_log(log), arguments.get("data", "")).items():
-            curves[prefix + label] = points
+        for entry in read_log(log):
+            measured = entry.get("validation", {}) | entry.get("bbh", {})
+            for task, (accuracy, stderr) in measured.items():
+                is_bbh = task in ("CoT", "answer-only")
+                name = display_name("bbh" if is_bbh else task, run.get("data", ""), task == "CoT")
+                point = entry["step"], 100 * accuracy, 100 * stderr
+                curves.setdefault(prefix + name, []).append(point)
     if not curves:
         raise UserError(f"{logs[0]}: no validation yet; wait for the first checkpoint")
-    curves_plot(path, curves, mark=selected if len(logs) == 1 else None)
-
-def log_curves(entries, data):
-    """Return the accuracies in a log as {label: [(step, percent, standard error)]}."""
-    curves = {}
-    for entry in entries:
-        measured = {display_name(task, data): value
-                    for task, value in entry.get("validation", {}).items()}
-        measured |= {display_name("bbh", data, prompting == "CoT"): value
-                     for prompting, value in entry.get("bbh", {}).items()}
-        for label, (accuracy, stderr) in measured.items():
-            point = entry["step"], 100 * accuracy, 100 * stderr
-            curves.setdefault(label, []).append(point)
-    return curves
-
-def read_object(path):
-    """Return the JSON object in a file, or {} if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    curves_plot(path, curves, mark=run.get("selected", {}).get("step") if len(logs) == 1 else None)
 
 def read_log(path):
     """Read a run's log.jsonl as a list of dicts, without a last line that was cut short."""
@@ -619,68 +608,54 @@ def read_log(path):
             dict(entry.get("validation", {}).values())
             entries.append(entry)
         return entries
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; choose the log.jsonl of a run") from None
     except BAD_DATA as error:
         raise UserError(f"{path}, line {len(entries) + 1}: not an entry of a log ({error}); delete "
                         "this line") from None
-
-def new_figure(xlabel, ylabel):
-    """Return an empty figure and its axes. Raises UserError if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plots need matplotlib; run: pip install matplotlib") from None
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-def save_figure(figure, path):
-    """Write a figure in the format of the file's extension."""
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; choose another name") from None
 
 # --- the command ---
 
 def parse_arguments():
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description="Evaluate T5 checkpoints on math problems and BIG-Bench Hard.")
+    parser = argparse.ArgumentParser(description="Evaluate T5s on math and BIG-Bench Hard.")
     add, positive = parser.add_argument, in_range(int, above=0)
-    add("models", nargs="+", metavar="MODEL", help="folders or hub names")
-    add("--tasks", help=f"of {', '.join(DATASETS)}, bbh and the names of BBH tasks, separated by "
-        "commas (default: the math sets)")
-    add("--shots", type=int, default=0, choices=[0, 4], help="demonstrations before a math problem "
-        "(default: 0; BBH has its own three)")
-    add("--answer-only", dest="cot", action="store_false", help="prompt without chain of thought")
-    add("--samples", type=positive, default=1, metavar="N", help="self-consistency: majority vote "
-        "over N sampled outputs (default: 1, greedy decoding)")
-    add("--temperature", type=in_range(float, above=0), default=0.7, help="sampling temperature "
-        "with --samples (default: 0.7)")
-    add("--data", type=Path, default=DEFAULT_DATA, help="folder of the problem sets")
-    add("--split", default="test", choices=["validation", "test", "all"], help="part of the math "
-        "sets (default: test)")
+    add("models", nargs="+", metavar="MODEL", help="folders of models or runs, or hub names")
+    add("--tasks", type=lambda text: re.split(r"[, ]+", text), default=[],
+        help=f"{','.join(DATASETS)} (default), bbh, or the names of BBH tasks")
+    add("--shots", type=int, default=0, choices=[0, 4],
+        help="demonstrations before a math problem, from GSM8K's training set (default: 0)")
+    add("--demonstrations", metavar="FILE", help="file of others, like GSM8K's (default: none)")
+    add("--answer-only", dest="cot", action="store_false",
+        help="prompt without chain of thought (default: with)")
+    add("--samples", type=positive, default=1, metavar="N",
+        help="self-consistency: majority vote over N sampled outputs (default: 1, greedy decoding)")
+    add("--temperature", type=in_range(float, above=0), default=0.7,
+        help="sampling temperature with --samples (default: %(default)s)")
+    add("--data", type=Path, default=DEFAULT_DATA, help="problem sets (default: %(default)s)")
+    add("--split", default="test", choices=["validation", "test", "all"], help="default: test")
     add("--limit", type=positive, help="problems per task (default: all)")
-    add("--batch-size", type=positive, default=32, help="problems per batch (default: 32)")
+    add("--batch-size", type=positive, default=32, help="problems per batch (default: %(default)s)")
     add("--max-new-tokens", type=positive, default=256, help="longest output (default: 256)")
-    add("--out", type=Path, default=Path("runs/predictions.jsonl"), help="file of predictions; "
-        "those in it are not generated again (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/predictions.jsonl"),
+        help="file of predictions; those in it are not generated again (default: %(default)s)")
     add("--show", type=in_range(int), metavar="N", help="show N right and N wrong predictions per "
-        "task of the files given as MODEL, and exit")
+        "task of the files given as MODEL, and exit (default: evaluate)")
     add("--plot", type=Path, metavar="PICTURE", help="plot accuracy against model size, or the "
-        "accuracies in the log.jsonl of runs, given as MODEL")
+        "accuracies in the log.jsonl of runs, given as MODEL (default: no plot)")
     add("--device", choices=sorted({"cpu", best_device()}), default=best_device(),
         help="where to run (default here: %(default)s)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"],
-        help="type of the weights (default: %(default)s)")
-    args = parser.parse_args()
-    args.tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks else []
-    return args
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="default: float32")
+    return parser.parse_args()
+
+def find_model(name):
+    """Return a model's folder or hub name, after checking it; a run's folder becomes its model/."""
+    run = Path(name)
+    if (run / "arguments.json").exists():
+        name = str(run / "model")
+        if not (run / "model").exists():
+            checkpoints = ", ".join(map(str, sorted(run.glob("checkpoint-*")))) or "not saved yet"
+            raise UserError(f"{run}: not finished; its checkpoints are {checkpoints}")
+    model_file(name, "config.json")
+    return name
 
 def weights_hash(model):
     """Return a short hash of the first 64 numbers of every parameter."""
@@ -692,34 +667,34 @@ def main():
     args = parse_arguments()
     if args.show is not None:
         for path in args.models:
-            print(*show_cases(path, args.show, args.tasks), sep="\n")
+            print(*show_cases(path, args.show, args.tasks, args.split), sep="\n")
         return
     if args.plot and args.models[0].endswith(".jsonl"):
         return trade_off_plot(args.plot, args.models)
-    args.tasks = args.tasks or list(DATASETS)
-    known = [*DATASETS, "bbh", *bbh_tasks(args.data)]
-    if unknown := [task for task in args.tasks if task not in known]:
-        raise UserError(f"no task {unknown[0]!r}; choose from {', '.join(known)}")
-    if args.plot:
-        new_figure("", "")  # raises if matplotlib is missing
-    for name in args.models:  # find all models before evaluating the first
-        model_file(name, "config.json")
-    models, points = {}, {task: [] for task in args.tasks}
-    for name in args.models:
+
+    names = [find_model(name) for name in args.models]
+    tasks = args.tasks or list(DATASETS)
+    for task in sorted(set(tasks) - {"bbh"}):
+        load(task, "test", args.data)  # find what is missing before evaluating the first model
+    shots = args.demonstrations or args.shots
+    demonstrations = load_demonstrations(shots, args.data)
+    decoding = {"max_new_tokens": args.max_new_tokens, "samples": args.samples,
+                "temperature": args.temperature if args.samples > 1 else 0.0}
+    models, points = {}, {task: [] for task in tasks}
+    for number, name in enumerate(names, 1):
+        print(f"{number}  {name}", flush=True)
         dtype = getattr(torch, args.dtype)
         model, tokenizer = load_pretrained(name, device=args.device, dtype=dtype)
-        decoding = {"max_new_tokens": args.max_new_tokens, "samples": args.samples,
-                    "temperature": args.temperature if args.samples > 1 else 0.0}
         file = PredictionFile(args.out, name, weights=weights_hash(model), dtype=args.dtype,
-                              cot=args.cot, shots=args.shots, **decoding)
+                              cot=args.cot, shots=shots, **decoding)
         models[name] = [
             evaluate_task(model, tokenizer, task, args.cot, args.split, args.data, args.limit,
-                          args.shots, batch_size=args.batch_size, file=file, **decoding)
-            for task in args.tasks]
+                          demonstrations, True, batch_size=args.batch_size, file=file, **decoding)
+            for task in tasks]
         size = sum(parameter.numel() for parameter in model.parameters())
-        for task, e in zip(args.tasks, models[name]):
+        for task, e in zip(tasks, models[name]):
             points[task].append((size, 100 * e.accuracy, 100 * e.stderr))
-    print(compare([display_name(task, args.data, args.cot) for task in args.tasks], models))
+    print(f"\n{compare([display_name(task, args.data, args.cot) for task in tasks], models)}")
     if args.plot:
         scaling_plot(args.plot, points)
 

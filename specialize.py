@@ -550,8 +550,6 @@ def stochastic_round(x):
 
 # --- memory and time ---
 
-MARGIN = 0.9  # the part of the free memory that is used; an allocator cannot use all of it
-
 class TensorBytes(TorchDispatchMode):
     """Context manager: count the bytes of the tensors that operations create; peak is the most at
     one time."""
@@ -631,7 +629,7 @@ def tokens_that_fit(model, pairs, encode, args):
     for i in tokens.index(max(tokens)), labels.index(max(labels)):
         pair = pairs[i]
         add_gradients(model, [[pair]], math.inf, encode, args)  # the gradients exist from here on
-        free = MARGIN * free_memory(args.device) - state_bytes(parameters, args)[2]
+        free = free_memory(args.device) - state_bytes(parameters, args)[2]
         one = peak(1)
         if one > free:
             reason = (f"an example of {tokens[i]:,} tokens needs {one / 1e9:.2f} GB of "
@@ -1120,7 +1118,7 @@ def specialize(args, run):
     torch.set_num_threads(args.threads)
     with torch.device("meta"):  # nothing but config.json is downloaded yet
         parameters = count_parameters(T5(read_config(args.model)))
-    needed, free = sum(state_bytes(parameters, args)), MARGIN * free_memory(args.device)
+    needed, free = sum(state_bytes(parameters, args)), free_memory(args.device)
     if needed > free:
         raise does_not_fit(parameters, args, f"{args.device} has {free / 1e9:.2f} GB free")
     hashes = read_sets(args)

@@ -754,16 +754,18 @@ def best_device():
     return "cuda" if torch.cuda.is_available() else mps
 
 def free_memory(device):
-    """Return the number of bytes that tensors on a device can still take."""
+    """Return the bytes that tensors on a device can still take: 90% of what is free, because an
+    allocator cannot use all of it."""
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if device == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    if Path("/proc/meminfo").exists():
-        (kib,) = re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-        return int(kib) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # macOS has no such figure
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    elif device == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    elif (meminfo := Path("/proc/meminfo")).exists():
+        free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
+    else:  # macOS says only how much there is
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int(0.9 * free)
 
 def is_out_of_memory(error):
     """Return whether an error says that a device has run out of memory."""

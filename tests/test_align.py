@@ -265,6 +265,18 @@ def test_the_command_draws_both_tokenizations(run, real):
     record = run("align.py", TOY / "teacher.jsonl.gz", "--student", TOY / "tuned-1M").stdout
     assert record.count("teacher  ") == record.count("student  ") > 0
 
+def test_columns_stay_straight_with_wide_characters_and_controls_are_escaped():
+    tokens = ["好好", " a", " b", "\x1b\r\u202e\u200b", " c"]
+    lines = draw(tokens, [token.replace(" ", WORD_BOUNDARY) for token in tokens], colour=False)
+    teacher, student, *_ = lines.splitlines()
+    assert teacher == "teacher  好好 ·a ·b \\x1b\\r\\u202e\\u200b ·c "
+    assert student == teacher.replace("teacher", "student").replace("·", WORD_BOUNDARY)
+    top, bottom, *_ = draw(["好好", " $", "12"], ["好", "好", "▁$12"], colour=False).splitlines()
+    assert (top, bottom) == ("teacher  好好  ·$|12 ", "student  好|好 ▁$12  ")
+    wrapped = draw(["好好好好"] * 2, ["好好好好"] * 2, colour=False, width=20).splitlines()
+    assert wrapped == ["teacher  好好好好 ", "student  好好好好 ", ""] * 1 + wrapped[3:]
+    assert len(wrapped) == 5  # the second token needs lines of its own
+
 def test_the_command_says_what_it_lacks_and_how_to_get_it(monkeypatch, real, tmp_path, capsys):
     def message(*arguments):
         monkeypatch.setattr(sys, "argv", ["align.py", *map(str, arguments)])

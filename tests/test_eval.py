@@ -161,6 +161,13 @@ def test_every_set_has_its_checksum_and_its_publishers_count_and_gold_answers(da
     for problem, node in zip(asdiv, ElementTree.parse(datasets / "asdiv/ASDiv.xml").iter("Answer")):
         plain = re.fullmatch(r"(-?[\d.]+)\s*(\([^;]*\))?", node.text.strip())
         assert not plain or problem.answer == float(plain[1])
+        assert problem.written == node.text.strip()  # the authors' rule takes the last digits
+        last = re.findall(r"\d*\.?\d+", node.text)[-1:] or ["nothing"]
+        prediction = ev.score(problem, "asdiv", "p", [f"so {last[0]}"], True)
+        assert prediction["correct_by_authors"] == (last != ["nothing"])
+    fractions = [p for p in asdiv if "/" in p.written and isinstance(p.answer, float)]
+    assert {p.written: p.answer for p in fractions}["-(1/3)"] == pytest.approx(-1 / 3)
+    assert len(fractions) == 9
 
 def test_bbh_has_27_tasks_with_three_demonstrations_each(datasets):
     assert ev.bbh_tasks(datasets) == ev.BBH_TASKS and len(ev.BBH_TASKS) == 27
@@ -188,6 +195,22 @@ def test_the_four_inputs_are_the_papers():
         "Q: And now?\nLet's think step by step\nso it is\nThe answer is 0.5\n\n"
         "Q: Why?\nLet's think step by step")
 
+def test_demonstrations_are_drawn_or_come_from_a_file(student, tmp_path, refused):
+    path = tmp_path / "four.jsonl"
+    path.write_text('{"question": "How many?", "answer": "1 + 2 = <<1+2=3>>3\\n#### 3"}\n')
+    for source, problems in ((path, [ev.Problem("How many?", 3.0, "1 + 2 = 3", "3")]), (0, []),
+                             (4, random.Random(0).sample(ev.load("gsm8k", "train", TOY), 4))):
+        demonstrations = ev.load_demonstrations(source, TOY)
+        assert demonstrations == problems
+        for task in ("svamp", "opposites"):
+            e = ev.evaluate_task(*student, task, True, "test", TOY, 1, demonstrations,
+                                 max_new_tokens=2)
+            prompt = ev.math_prompt(e.predictions[0]["question"], True, problems)
+            assert (e.predictions[0]["prompt"] == prompt) == (task == "svamp")
+    path.write_text('{"question": "How many?"}\n')
+    assert "four.jsonl, line 1: no key 'answer'" in refused(
+        ev, TOY / "tuned-1M", "--data", TOY, "--demonstrations", path)
+
 def test_a_set_of_ones_own_takes_a_parser_and_an_entry(tmp_path, monkeypatch, command):
     def parse(line):
         question, answer = line.split("\t")
@@ -199,7 +222,7 @@ def test_a_set_of_ones_own_takes_a_parser_and_an_entry(tmp_path, monkeypatch, co
     assert [problem.answer for problem in ev.load("mine", "all", tmp_path)] == list(range(6))
     assert len(ev.load("mine", "validation", tmp_path)) == 3  # at most half
     arguments = ["--tasks", "mine", "--data", tmp_path, "--device", "cpu", "--max-new-tokens", 2]
-    assert "Mine (3)" in command(ev, TOY / "tuned-1M", *arguments)
+    assert re.search(r"^Mine: .* of 3 problems", command(ev, TOY / "tuned-1M", *arguments), re.M)
     (tmp_path / "mine.jsonl").write_text("How many are 5?\t5\nHow many?\n")
     with pytest.raises(UserError, match="mine.jsonl, line 2: not enough values"):
         ev.load("mine", "test", tmp_path)
@@ -225,7 +248,7 @@ def test_accuracy_is_the_share_of_right_answers_in_the_order_of_the_problems(stu
     with pytest.raises(UserError, match="no problem"):
         ev.evaluate(*student, [])
 
-def test_samples_are_drawn_and_the_most_common_final_answer_wins_the_vote(student):
+def test_samples_are_drawn_and_the_most_common_final_answer_wins_the_vote(student, tmp_path):
     outputs = ["is 5", "or 7", "so 7", "none", "no", "no"]
     assert ev.self_consistency(outputs, extract_number) == "or 7"
     assert ev.self_consistency(["none", "no"], extract_number) == "none"
@@ -236,6 +259,13 @@ def test_samples_are_drawn_and_the_most_common_final_answer_wins_the_vote(studen
     for p in e.predictions:
         assert len(p["outputs"]) == 4 and len(set(p["outputs"])) > 1
         assert p["output"] == ev.self_consistency(p["outputs"], extract_number)
+    path = tmp_path / "predictions.jsonl"
+    ev.evaluate(*student, problems, **options, file=ev.PredictionFile(path, "m"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    for batches in (1, 2):  # interrupted after them
+        path.write_bytes(b"".join(lines[: 2 * batches]))
+        resumed = ev.evaluate(*student, problems, **options, file=ev.PredictionFile(path, "m"))
+        assert resumed == e and path.read_bytes() == b"".join(lines)
 
 def test_a_paired_difference_has_the_standard_error_that_resampling_gives():
     rng = np.random.default_rng(0)
@@ -284,16 +314,23 @@ def test_the_command_compares_models_by_both_rules_and_generates_nothing_twice(c
     arguments = ["raw", "student", "--tasks", "svamp, opposites", "--data", TOY, "--limit", 4,
                  "--out", "out.jsonl", "--max-new-tokens", 8, "--device", "cpu", "--answer-only",
                  "--shots", 4, "--samples", 2]
-    printed = command(ev, *arguments)
-    header, *rows = [re.split("  +", line) for line in printed.splitlines()]
-    assert header == ["accuracy, %", "raw", "student", "student - first"]
-    names = ["toy-SVAMP (4)", "toy-opposites (4)"]
-    assert [row[0] for row in rows] == names + [f"{name}, authors' rule" for name in names]
-    assert all("±" in cell for row in rows for cell in row[1:])
+    log, legend, *tables = command(ev, *arguments).split("\n\n")
+    lines = ["1  raw", "toy-SVAMP, 4 shots, answer-only: ", "toy-opposites, answer-only: ",
+             "2  student", "toy-SVAMP, 4 shots, answer-only: ", "toy-opposites, answer-only: "]
+    for line, start in zip(log.splitlines(), lines, strict=True):
+        assert line.startswith(start) and (line == start or " % of 4 problems, " in line)
+    assert legend == "1  raw\n2  student"
+    headers = [["accuracy, %", "1", "2"], ["difference, %", "2 - 1"],
+               ["authors' rule, %", "1", "2"]]
+    for text, header in zip(tables, headers, strict=True):
+        first, *rows = [re.split("  +", line) for line in text.splitlines()]
+        assert first == header and [row[0] for row in rows] == ["toy-SVAMP", "toy-opposites"]
+        assert all(len(row) == len(header) and "±" in row[-1] for row in rows)
     lines = ev.read_predictions(tmp_path / "out.jsonl")
     assert [line["model"] for line in lines] == ["raw"] * 8 + ["student"] * 8
     assert lines[0]["prompt"].count("A: The answer is") == 4 and len(lines[0]["outputs"]) == 2
-    assert command(ev, *arguments) == printed
+    assert {line["split"] for line in lines} == {"test"}
+    assert command(ev, *arguments).split("\n\n")[1:] == [legend, *tables]
     assert ev.read_predictions(tmp_path / "out.jsonl") == lines
     model = T5.from_pretrained(TOY / "tuned-1M")
     model.shared.weight.data = model.shared.weight * 2
@@ -305,19 +342,45 @@ def test_the_table_scores_the_same_outputs_by_both_rules():
     cases = [(-5.0, "so 5"), (1234.0, "so 1,234"), (7.0, "so 7"), (8.0, "so -8")]
     e = ev.summarize([ev.score(ev.Problem("a", answer), "svamp", "p", [output], True)
                       for answer, output in cases])
-    lines = ev.compare(["SVAMP"], {"student": [e]}).splitlines()
-    assert [line.split("±")[0].split()[-1] for line in lines[1:]] == ["50.0", "75.0"]
+    _, exact, by_authors = ev.compare(["SVAMP"], {"student": [e]}).split("\n\n")
+    assert exact.splitlines()[1].split()[:2] == ["SVAMP", "50.0"]
+    assert by_authors.splitlines()[1].split()[:2] == ["SVAMP", "75.0"]
+
+def test_tables_of_three_models_and_all_bbh_tasks_fit_80_columns():
+    right, wrong = ([ev.Evaluation(0, 0, [{"task": "a", "correct": x, "correct_by_authors": x}])
+                     for _ in ev.BBH_TASKS] for x in (True, False))
+    models = {"google/flan-t5-base": right, "runs/base/model": wrong, "runs/large/model": right}
+    text = ev.compare(ev.BBH_TASKS, models)
+    assert max(map(len, text.splitlines())) <= 80 and "-100.0" in text
+    assert text.startswith("1  google/flan-t5-base\n2  runs/base/model\n3  runs/large/model\n\n")
+
+def test_a_runs_folder_stands_for_its_model(command, refused, tmp_path):
+    run = tmp_path / "run"
+    for step in (5, 20):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+    (run / "arguments.json").write_text("{}")
+    message = refused(ev, run, "--data", TOY)
+    assert f"{run}: not finished; its checkpoints are {run / 'checkpoint-20'}, " in message
+    shutil.copytree(TOY / "tuned-1M", run / "model")
+    arguments = ["--data", TOY, "--tasks", "svamp", "--limit", 1, "--max-new-tokens", 2]
+    assert f"1  {run / 'model'}\n" in command(ev, run, *arguments)
 
 def test_right_and_wrong_cases_are_shown_one_after_the_other(command, tmp_path, monkeypatch):
     path = tmp_path / "predictions.jsonl"
-    case = {"task": "svamp", "prompt": "Q: Why? A:", "question": "Why?", "answer": 3, "model": "m"}
-    cases = [case | {"output": f"{text} so 3", "extracted": 3, "correct": True} for text in "ab"]
-    cases += [case | {"output": "a long way to 4\nand back", "extracted": None, "correct": False}]
+    case = {"task": "svamp", "prompt": "Q: Why? A:", "question": "Why?", "answer": 3.0}
+    case |= {"model": "m", "correct": False}  # by an old rule; it is scored again
+    cases = [case | {"output": f"{text} so 3"} for text in "ab"]
+    cases += [case | {"output": "a long way to 4\nand back", "split": "validation"}]
+    cases += [case | {"output": "好好 1\x1b\u202e", "split": "test"}, case | {"task": "other"}]
+    cases[-1]["output"] = ""
     path.write_text("".join(json.dumps(line) + "\n" for line in cases) + '{"task": "sv')
     monkeypatch.setenv("COLUMNS", "10")
-    assert command(ev, "--show", 1, "--tasks", "svamp", path) == (
-        "=== m, svamp: 2 right === {}\nWhy?\n\na so 3\n-> 3\ngold: 3\n----------\n=== m, svamp: 1 "
-        "wrong === {}\nWhy?\n\na long way\nto 4\nand back\n-> None\ngold: 3\n----------\n")
+    right = "=== m,\nsvamp: 2\nright ===\n{}\nWhy?\n\na so 3\n-> 3.0\ngold: 3.0\n----------\n"
+    wrong = "=== m,\nsvamp: 1\nwrong ===\n{}\nWhy?\n\n"
+    for split, shown in (("validation", "a long way\nto 4\nand back\n-> 4.0\n"),
+                         ("test", "好好 1\\\nx1b\\u\n202e\n-> 1.0\n")):  # 好 takes two columns
+        printed = command(ev, "--show", 1, "--tasks", "svamp", "--split", split, path)
+        assert printed == right + wrong + shown + "gold: 3.0\n----------\n"
     assert path.read_text().endswith('{"task": "sv')  # showing changes nothing
 
 def test_plots_show_a_least_squares_fit_or_say_what_is_missing(command, tmp_path, monkeypatch):
