@@ -48,7 +48,7 @@ class Problem:
     answer: float | str  # a float if it is a number
     solution: str = ""  # the reference reasoning, if any, without calculator marks
     written: str = ""  # the answer as published, such as 1,080 or 1/4, for the authors' rule
-    split: str = "test"  # or "validation"
+    split: str = ""  # "validation" or "test", if its set has parts
 
     def __post_init__(self):
         if not (isinstance(self.question, str) and self.question.strip()):
@@ -159,8 +159,8 @@ def load(task, split="test", folder=DEFAULT_DATA):
     shuffled = list(problems)
     random.Random(0).shuffle(shuffled)
     size = min(size, len(problems) // 2)
-    for problem in shuffled[:size]:
-        problem.split = "validation"
+    for i, problem in enumerate(shuffled):
+        problem.split = "validation" if i < size else "test"
     return {"validation": shuffled[:size], "test": shuffled[size:], "all": problems}[split]
 
 def load_demonstrations(source, folder=DEFAULT_DATA):
@@ -252,13 +252,13 @@ def bbh_demonstrations(task, cot, folder):
 
 # Other spellings of numbers -> the spelling that NUMBER reads, replaced in this order.
 PLAIN_SPELLINGS = {
-    # Cut off the next question that a model makes up after a first number: 72\n\n### Question 2: Is
-    # 5. (The lookbehind only saves time in long runs of white space.)
+    # Cut off the next question that a model makes up after its answer, 72\n\n### Question 2: Is 5;
+    # a digit must precede it. (The lookbehind only saves time in long runs of white space.)
     r"(?s)^(\D*\d.*?)(?<=[^\s*#])\s[\s*#]*(?:Q|Question|Problem)[ \d]*:.*": r"\1",
     r"\\?[$€£]|\\!": "",  # -$5, $-5, \$5; 70,\!000
     r"[\u2010-\u2013\u2212\ufe63\uff0d]|\u2014(?=\d)": "-",  # dashes and minus signs
     r"(?<=\d)(?<!\d{4})\{?\\?,\}?(?=\d{3}(?!\d))": "",  # 9,500; 9{,}500; 9\,500
-    # \frac{3}{4} or \dfrac34 becomes " 3/4", after a sign if any, and so 2\frac34 becomes 2 3/4.
+    # \frac{3}{4}, \dfrac34 or \frac{-3}{4} becomes " 3/4" or " -3/4"; so 2\frac34 becomes 2 3/4.
     r"(?: |\\,)?(-?)\\.?frac(?:\{(-?[\d.]+)\}\{(\d+)\}|(\d)(\d))": r" \1\2\4/\3\5",
     r"(?<=[a-zA-Z}])\^\{?-?\d+\}?|(?<=\Wm|\dm|[cdkm]m|ft|in|yd|mi)[23]\b": "",  # m^2, cm2
     r"(?<=\d) *(?:[x×*]|\\times|\\cdot) *10\^\{?(-?\d+)\}?": r"e\1",  # 1.5 x 10^3
@@ -335,9 +335,7 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
     outputs = [file.known.get((task, text)) if file else None for text in prompts]
     input_ids = {i: tokenizer.encode(prompts[i]) for i, known in enumerate(outputs) if not known}
     device = model.shared.weight.device
-    generator = torch.Generator(device) if samples > 1 else None
-    options = {"max_new_tokens": max_new_tokens, "num_samples": samples, "generator": generator,
-               "temperature": temperature if samples > 1 else 0.0}
+    options = {"max_new_tokens": max_new_tokens, "num_samples": samples}
 
     # Problems of similar length share a batch, so that little is padded. The longest come first: if
     # they fit into memory, all do.
@@ -347,8 +345,9 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
             fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
             rows = int((free_memory(device.type) - fixed) / (row * samples))
             batch = order[: max(1, min(batch_size, rows))]
-            if generator:
-                generator.manual_seed(batch[0])  # a resumed evaluation draws the same samples
+            if samples > 1:  # seeded per batch: a resumed evaluation draws the same samples
+                generator = torch.Generator(device).manual_seed(batch[0])
+                options |= {"temperature": temperature, "generator": generator}
             source = pad_sequences([input_ids[i] for i in batch], device)
             try:
                 generated = model.generate(source, **options).tolist()
@@ -385,8 +384,8 @@ def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA
                   demonstrations=(), verbose=False, **options):
     """Evaluate a task by name; "bbh" is the mean over all BBH tasks. BBH has only a test part.
 
-    limit: at most this many problems per task.
-    demonstrations: Problems that precede each math problem (BBH has its own three).
+    limit: at most this many problems per task. demonstrations: Problems that precede each math
+    problem (BBH has its own three); see load_demonstrations().
     verbose: print a line for each task when its evaluation ends. options: see evaluate()."""
     if task == "bbh":
         parts = [evaluate_task(model, tokenizer, name, cot, "test", folder, limit, verbose=verbose,
@@ -463,7 +462,8 @@ def read_predictions(path):
             prediction = json.loads(line)
         except (ValueError, RecursionError):
             continue  # cut short
-        if type(prediction) is not dict or not {"task", "prompt", "output"} <= set(prediction):
+        keys = ("task", "prompt", "output")
+        if type(prediction) is not dict or not all(type(prediction.get(k)) is str for k in keys):
             raise UserError(f"{path}, line {number}: not a prediction; choose another --out")
         predictions.append(prediction)
     if lines and not predictions and not lines[0].startswith(b"{"):
@@ -494,18 +494,18 @@ def compare(names, models):
     if others:
         columns = [f"{number} - 1" for number in numbers[1:]]
         blocks.append(table(columns, rows(others, baseline=first), "difference, %"))
-    by_authors = rows(models.values(), "correct_by_authors")
-    return "\n\n".join([*blocks, table(numbers, by_authors, "authors' rule, %")])
+    blocks.append(table(numbers, rows(models.values(), "correct_by_authors"), "authors' rule, %"))
+    return "\n\n".join(blocks)
 
 def show_cases(path, count, tasks=(), split="all"):
     """Yield lines that fit the terminal: up to `count` right and wrong predictions per model, task
     and settings. tasks: names, "bbh" for all that are not math sets, or nothing for all.
-    split: "validation", "test" or "all"; predictions of older versions do not name theirs."""
+    split: the part of the math sets, or "all"; predictions of older versions do not name theirs."""
     width = shutil.get_terminal_size().columns
     groups = {}
     for p in read_predictions(path):
         chosen = not tasks or p["task"] in tasks or ("bbh" in tasks and p["task"] not in DATASETS)
-        if chosen and split in ("all", p.get("split", split)):
+        if chosen and split in ("all", p.get("split") or split):
             result = "right" if exact_match(p["output"], p.get("answer")) else "wrong"
             key = str(p.get("model")), p["task"], json.dumps(p.get("settings", {})), result
             groups.setdefault(key, []).append(p)
@@ -536,7 +536,6 @@ def log_linear_fit(parameters, accuracies):
 
 def scaling_plot(path, points):
     """Plot accuracy against model size, with the log-linear fit.
-
     points: {label: [(parameters, accuracy in percent, standard error)]}, at least two sizes."""
     if any(len({size for size, _, _ in models}) < 2 for models in points.values()):
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
@@ -623,7 +622,7 @@ def parse_arguments():
         help=f"{','.join(DATASETS)} (default), bbh, or the names of BBH tasks")
     add("--shots", type=int, default=0, choices=[0, 4],
         help="demonstrations before a math problem, from GSM8K's training set (default: 0)")
-    add("--demonstrations", metavar="FILE", help="file of others, like GSM8K's (default: none)")
+    add("--demonstrations", metavar="FILE", help="your own, in GSM8K's format (default: none)")
     add("--answer-only", dest="cot", action="store_false",
         help="prompt without chain of thought (default: with)")
     add("--samples", type=positive, default=1, metavar="N",

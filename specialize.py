@@ -720,11 +720,10 @@ def plan(model, tokenizer, examples, pool, encode, args):
     memory = [f"{name} {size / 1e9:.2f} GB" for name, size in
               zip(names, state_bytes(count_parameters(model), args))]
     print(f"{args.device}, {args.precision}, {count_parameters(model):,} parameters: "
-          f"{', '.join(memory)}; passes of at most {args.tokens_per_pass:,} tokens
-"
-          f"{steps:,} steps, {count} evaluations. Estimated: {duration(training)} of training, "
-          f"{duration(checkpoint * count)} of evaluation at checkpoints, {duration(2 * last)} for the "
-          f"last table, if outputs have {tokens} tokens", flush=True)
+          f"{', '.join(memory)}; passes of at most {args.tokens_per_pass:,} tokens.\n"
+          f"{steps:,} steps, {count} evaluations. Estimate: training {duration(training)}, "
+          f"evaluations {duration(checkpoint * count)}, last table {duration(2 * last)} (if outputs "
+          f"have {tokens} tokens)", flush=True)
     return 2 * last / checkpoint
 
 def duration(seconds):

@@ -265,6 +265,13 @@ def test_the_command_draws_both_tokenizations(run, real):
     record = run("align.py", TOY / "teacher.jsonl.gz", "--student", TOY / "tuned-1M").stdout
     assert record.count("teacher  ") == record.count("student  ") > 0
 
+def test_the_help_names_every_default(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit):
+        al.main()
+    options = capsys.readouterr().out.partition("--help")[2].split("\n  --")[1:]
+    assert len(options) == 2 and all("default" in option for option in options)
+
 def test_columns_stay_straight_with_wide_characters_and_controls_are_escaped():
     tokens = ["好好", " a", " b", "\x1b\r\u202e\u200b", " c"]
     lines = draw(tokens, [token.replace(" ", WORD_BOUNDARY) for token in tokens], colour=False)

@@ -139,6 +139,8 @@ def test_every_set_has_its_checksum_and_its_publishers_count_and_gold_answers(da
     for task, (validation, test) in SIZES.items():
         parts = {part: ev.load(task, part, datasets) for part in ("validation", "test", "all")}
         assert [len(part) for part in parts.values()] == [validation, test, validation + test]
+        for part in ("validation", "test"):
+            assert {problem.split for problem in parts[part]} == {part}
         both = map(repr, parts["validation"] + parts["test"])
         assert sorted(both) == sorted(map(repr, parts["all"]))
     train = ev.load("gsm8k", "train", datasets)
@@ -195,7 +197,7 @@ def test_the_four_inputs_are_the_papers():
         "Q: And now?\nLet's think step by step\nso it is\nThe answer is 0.5\n\n"
         "Q: Why?\nLet's think step by step")
 
-def test_demonstrations_are_drawn_or_come_from_a_file(student, tmp_path, refused):
+def test_demonstrations_are_drawn_or_come_from_a_file(student, tmp_path, refused, capsys):
     path = tmp_path / "four.jsonl"
     path.write_text('{"question": "How many?", "answer": "1 + 2 = <<1+2=3>>3\\n#### 3"}\n')
     for source, problems in ((path, [ev.Problem("How many?", 3.0, "1 + 2 = 3", "3")]), (0, []),
@@ -207,6 +209,7 @@ def test_demonstrations_are_drawn_or_come_from_a_file(student, tmp_path, refused
                                  max_new_tokens=2)
             prompt = ev.math_prompt(e.predictions[0]["question"], True, problems)
             assert (e.predictions[0]["prompt"] == prompt) == (task == "svamp")
+    assert capsys.readouterr().out == ""
     path.write_text('{"question": "How many?"}\n')
     assert "four.jsonl, line 1: no key 'answer'" in refused(
         ev, TOY / "tuned-1M", "--data", TOY, "--demonstrations", path)
@@ -329,7 +332,7 @@ def test_the_command_compares_models_by_both_rules_and_generates_nothing_twice(c
     lines = ev.read_predictions(tmp_path / "out.jsonl")
     assert [line["model"] for line in lines] == ["raw"] * 8 + ["student"] * 8
     assert lines[0]["prompt"].count("A: The answer is") == 4 and len(lines[0]["outputs"]) == 2
-    assert {line["split"] for line in lines} == {"test"}
+    assert {(p["task"], p["split"]) for p in lines} == {("svamp", "test"), ("opposites", "")}
     assert command(ev, *arguments).split("\n\n")[1:] == [legend, *tables]
     assert ev.read_predictions(tmp_path / "out.jsonl") == lines
     model = T5.from_pretrained(TOY / "tuned-1M")
@@ -407,6 +410,13 @@ def test_plots_show_a_least_squares_fit_or_say_what_is_missing(command, tmp_path
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="c.xyz"):
         ev.trade_off_plot("c.xyz", ["log.jsonl"])
+
+def test_the_help_names_every_default(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["command", "--help"])
+    with pytest.raises(SystemExit):
+        ev.main()
+    options = capsys.readouterr().out.partition("--help")[2].split("\n  --")[1:]
+    assert len(options) == 16 and all("default" in option for option in options)
 
 # --- damaged files ---
 
