@@ -207,6 +207,11 @@ def encode_prompt(example, demonstrations, encode):
     parts = [encode(math_demonstration(shot, cot))[:-1] for shot in demonstrations]  # no </s>
     return np.concatenate([*parts, encode(math_prompt(example.problem.question, cot))])
 
+@functools.cache
+def cached_encoder(tokenizer):
+    """Return a function from a text to its ids, an array, that remembers its results."""
+    return functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
+
 def collate(pairs, encode, device):
     """Turn [(example, demonstrations)] of one format into a dict of tensors.
 
@@ -329,7 +334,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None, table_share
     run: the folder of log and checkpoints; args.resume continues from the last, bit for bit.
     measure: a function in place of validate, whose result contains at least what validate's does.
     Raises UserError if a loss or gradient is not finite, KeyboardInterrupt after Ctrl-C."""
-    encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
+    encode = cached_encoder(tokenizer)
     sizes = dict(zip(FORMATS, args.micro_batch_size))
     per_epoch, steps = count_steps(examples, args)
 
@@ -635,10 +640,13 @@ def tokens_that_fit(model, pairs, encode, args):
             reason = (f"an example of {tokens[i]:,} tokens needs {one / 1e9:.2f} GB of "
                       f"{max(free, 0) / 1e9:.2f} GB that are free")
             raise does_not_fit(parameters, args, reason)
-        rows = max(1, int(min(max(args.micro_batch_size), free / one / 6)))
-        few, twice = (peak(rows), peak(2 * rows)) if 2 * one < free else (one, 2 * one)
-        limits.append(rows * (1 + (free - few) / (twice - few)) * tokens[i])
-    return int(min(limits))
+        rows = max(args.micro_batch_size)
+        if one * rows > free:  # micro-batches may not fit, so find how many rows do
+            few = max(1, int(free / one / 6))
+            small, large = (peak(few), peak(2 * few)) if 2 * one < free else (one, 2 * one)
+            rows = int(few * (1 + (free - small) / (large - small)))
+        limits.append(rows * tokens[i])
+    return min(limits)
 
 def count_parameters(model):
     """Return the number of a model's parameters."""
@@ -659,7 +667,7 @@ def training_seconds(model, batches, encode, args):
         passes = [part for batch in batches if batch[0][0].format == name
                   for part in split_into_passes(batch, args.tokens_per_pass, encode)]
         tokens = [sum(sum(lengths(pair, encode)) for pair in part) for part in passes]
-        sample = slice(None, None, math.ceil(len(passes) / 3))
+        sample = slice(None, None, math.ceil(len(passes) / 2))
         spent = seconds(args.device, lambda: add_gradients(
             model, passes[sample], math.inf, encode, args))
         total += spent * sum(tokens) / sum(tokens[sample])
@@ -695,14 +703,14 @@ def generate_exactly(model, source, n, args):
     with mixed_precision(args), packed_weights(model.decoder, model.lm_head):
         model.generate(source, max_new_tokens=n, logits_processor=never_end)
 
-def plan(model, tokenizer, examples, pool, encode, args):
+def plan(model, tokenizer, examples, pool, args):
     """Measure this device with a sample of the run's work. Set args.tokens_per_pass unless it is
     set, and print the memory and time that the run takes. Return the time of the last table as a
     multiple of a checkpoint's evaluation."""
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
     model.train()
-    sizes = dict(zip(FORMATS, args.micro_batch_size))
+    encode, sizes = cached_encoder(tokenizer), dict(zip(FORMATS, args.micro_batch_size))
     batches = make_batches(examples, pool, encode, sizes, args.seed, epoch=0)
     if not args.tokens_per_pass:
         pairs = [pair for batch in batches for pair in batch]
@@ -1137,8 +1145,7 @@ def specialize(args, run):
         model = T5(read_config(args.model)).to(args.device, weights_dtype(args))
     else:
         model, _ = load_pretrained(args.model, **options)
-    encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
-    table_share = plan(model, tokenizer, examples, pool, encode, args)
+    table_share = plan(model, tokenizer, examples, pool, args)
     if args.dry_run:
         return
     atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
