@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import re
 import sys
 import time
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 # Let OpenMP's threads sleep after a short spin: on a busy machine, spinning makes them many times
@@ -45,6 +44,9 @@ class UserError(Exception):
 
 # --- configuration ---
 
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu,
+               "gelu_new": functools.partial(F.gelu, approximate="tanh")}
+
 @dataclass
 class T5Config:
     """The shape of a model, in the names of config.json. The defaults are t5-small's.
@@ -64,6 +66,7 @@ class T5Config:
     dropout_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "relu"  # or "gated-gelu"
+    dense_act_fn: str = None  # default: the activation that feed_forward_proj names
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool = None  # default: tie_word_embeddings
 
@@ -72,6 +75,15 @@ class T5Config:
             self.num_decoder_layers = self.num_layers
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_word_embeddings
+        if self.dense_act_fn is None:
+            named = self.feed_forward_proj.removeprefix("gated-")
+            self.dense_act_fn = "gelu_new" if self.feed_forward_proj == "gated-gelu" else named
+        if self.dense_act_fn not in ACTIVATIONS:
+            raise ValueError(f"dense_act_fn is {self.dense_act_fn!r}")
+        for field in fields(self):
+            value, number = getattr(self, field.name), field.type in (int, float)
+            if type(value) not in (field.type, int) or number and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} is {value!r}")
 
 # --- blocks ---
 
@@ -80,7 +92,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gated = config.feed_forward_proj == "gated-gelu"
+        self.gated = config.feed_forward_proj.startswith("gated-")
+        self.activation = ACTIVATIONS[config.dense_act_fn]
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
             self.add_module(name, Linear(config.d_model, config.d_ff))
         self.wo = Linear(config.d_ff, config.d_model)
@@ -88,9 +101,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         if self.gated:
-            x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+            x = self.activation(self.wi_0(x)) * self.wi_1(x)
         else:
-            x = F.relu(self.wi(x))
+            x = self.activation(self.wi(x))
         return self.wo(self.dropout(x))
 
 class Attention(nn.Module):
@@ -271,7 +284,6 @@ class T5(nn.Module):
 
     # --- generation ---
 
-    @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, max_new_tokens=256, temperature=0.0, top_k=0,
                  num_samples=1, generator=None, logits_processor=None):
         """Decode greedily (temperature 0) or sample, one token at a time, without dropout.
@@ -283,24 +295,23 @@ class T5(nn.Module):
         with the unfinished rows in any order.
         Return (B * num_samples, <= max_new_tokens) ids without the start token, padded with 0 after
         </s>; samples of the same prompt are adjacent."""
-        was_training = self.training
-        self.eval()
         attention_mask = input_ids != PAD if attention_mask is None else attention_mask
-        # Encode the source once: its keys and values for every decoder block.
-        memory_kv, memory_bias = self.encode_source(input_ids, attention_mask)
-        memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
-        memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)  # (B, 1, 1, S)
-        L, _, B, H, _, K = memory_kv.shape
-        kv_cache = memory_kv.new_empty(L, 2, B, H, max_new_tokens, K)
-        # The bias depends only on the distance between query and key, so the row of the last
-        # position, cut from the left, serves every step.
-        position = torch.arange(max_new_tokens, device=memory_kv.device)
-        bias = self.decoder.position_bias(position[-1:], position).to(memory_kv.dtype)
-
+        B = len(input_ids) * num_samples
         output = input_ids.new_full((B, max_new_tokens), PAD)
         rows = torch.arange(B, device=output.device)  # the output row of each batch element
         token = output.new_full((B,), PAD)
-        with torch.inference_mode():  # faster than no_grad, but autograd refuses what it creates
+        # Inference mode is faster than no_grad, but autograd refuses what is created in it.
+        with eval_mode(self), torch.inference_mode():
+            # Encode the source once: its keys and values for every decoder block.
+            memory_kv, memory_bias = self.encode_source(input_ids, attention_mask)
+            memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
+            memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)  # (B, 1, 1, S)
+            L, _, _, H, _, K = memory_kv.shape
+            kv_cache = memory_kv.new_empty(L, 2, B, H, max_new_tokens, K)
+            # The bias depends only on the distance between query and key, so the row of the last
+            # position, cut from the left, serves every step.
+            position = torch.arange(max_new_tokens, device=memory_kv.device)
+            bias = self.decoder.position_bias(position[-1:], position).to(memory_kv.dtype)
             for t in range(max_new_tokens):
                 x = self.shared(token[:, None])  # (B, 1, D)
                 step_bias = bias[..., max_new_tokens - 1 - t :]  # (1, H, 1, t + 1)
@@ -319,7 +330,6 @@ class T5(nn.Module):
                 if finished.any():
                     rows, token, memory_bias, memory_kv, kv_cache = drop_finished(
                         finished, rows, token, memory_bias, memory_kv, kv_cache)
-        self.train(was_training)
         return output
 
     def encode_source(self, input_ids, attention_mask):
@@ -354,11 +364,8 @@ class T5(nn.Module):
         Raises UserError naming the file or folder, and what is wrong with it."""
         config, stored = read_config(name_or_dir), read_weights(name_or_dir)
         config.dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
-        # Some files hold copies of the embedding, and a bias that no T5 uses.
+        # Some files hold a bias that no T5 uses.
         stored.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
-        for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
-            if copy in stored:
-                stored.setdefault("shared.weight", stored.pop(copy))
         if config.tie_word_embeddings and "shared.weight" in stored:
             stored.setdefault("lm_head.weight", stored["shared.weight"])
         with names_file(name_or_dir, "a T5 whose weights fit config.json"):
@@ -392,12 +399,23 @@ class T5(nn.Module):
         for name in ("config.json", "model.safetensors"):
             os.replace(folder / f"{name}.tmp", folder / name)
 
+@contextlib.contextmanager
+def eval_mode(model):
+    """Context manager: put a model into eval mode, and then back into its mode before."""
+    was_training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+
 def sample_token(logits, temperature, top_k, generator):
     """Choose the next token (B,) from logits (B, V): the most probable one, or a sample."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     vocab_size = logits.shape[-1]
     values, ids = logits.float().topk(min(top_k or vocab_size, vocab_size))
+    if not values[:, 0].isfinite().all():  # topk takes NaN for the largest number
+        raise UserError("the model's logits are not finite; try --dtype float32 or another model")
     probs = (values / temperature).softmax(dim=-1)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
@@ -426,7 +444,6 @@ HF_NAMES = {
     "cross_norm": "layer.1.layer_norm", "cross_attention": "layer.1.EncDecAttention",
     "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
 }
-ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}  # feed_forward_proj: dense_act_fn
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def hf_name(name):
@@ -440,9 +457,9 @@ def names_file(path, what):
     """Context manager: turn any error into a UserError that says what the file is not, and why."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # torch.load raises many kinds, none of them documented
+        if Path(path).is_file() and open(path, "rb").read(23) == b"version https://git-lfs":
+            raise UserError(f"{path}: only a git-lfs pointer; run `git lfs pull` there") from None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
         raise UserError(f"{path}: not {what} ({reason}); download it again") from None
 
@@ -452,8 +469,8 @@ def read_config(name_or_dir):
     with names_file(path, "the config of a T5"):
         stored = json.loads(path.read_text(encoding="utf-8"))
         config = T5Config(**{k: v for k, v in stored.items() if k in T5Config.__annotations__})
-        required = FIXED | {"dense_act_fn": ACTIVATIONS[config.feed_forward_proj]}
-        for name, value in required.items():
+        gated = config.feed_forward_proj.startswith("gated-")
+        for name, value in (FIXED | {"is_gated_act": gated}).items():
             if stored.get(name, value) != value:
                 raise ValueError(f"{name} is {stored[name]!r}, not {value!r}")
         return config
@@ -467,12 +484,21 @@ def read_weights(name_or_dir):
     paths = [path]
     if path.suffix == ".json":
         with names_file(path, "a complete index of shards"):
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            paths = [model_file(name_or_dir, Path(shard).name) for shard in sorted(shards)]
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            names = sorted({Path(shard).name for shard in shards})
+        paths = [model_file(name_or_dir, name) for name in names]
     weights = {}
     for path in paths:
         with names_file(path, "a complete file of weights"):
-            weights |= read(path)
+            stored = read(path)
+            for key in ("state_dict", "model_state_dict", "model"):
+                stored = stored.get(key, stored)  # the weights in a training script's checkpoint
+            for name, tensor in stored.items():
+                # torch.compile, DataParallel and Lightning put prefixes before the names.
+                name = re.sub(r"\b(_orig_mod|module|model)\.", "", name)
+                # Some files hold copies of the embedding.
+                name = re.sub(r"^(encoder|decoder)\.embed_tokens", "shared", name)
+                weights[name] = tensor
     return weights
 
 def map_file(path):
@@ -520,8 +546,6 @@ def write_safetensors(tensors, path):
 
 # --- downloads ---
 
-DOWNLOAD_ERRORS = OSError, http.client.HTTPException, ValueError, LookupError, TypeError
-
 def model_file(name_or_dir, *names):
     """Return the path of the first of these files that a model has, downloading it if necessary."""
     folder = Path(name_or_dir)
@@ -530,34 +554,44 @@ def model_file(name_or_dir, *names):
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; copy one there")
+    remedy = "copy one there"
+    if names == ("spiece.model",):  # transformers 5 does not save it
+        remedy = "copy the base model's there: huggingface.co/google/flan-t5-base has T5's"
+    elif (folder / "adapter_config.json").exists():
+        remedy = "merge this PEFT adapter first: merge_and_unload(), then save_pretrained()"
+    raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; {remedy}")
+
+def setting(*names):
+    """Return the first of these environment variables that is set, or ""."""
+    return next(filter(None, map(os.environ.get, names)), "")
 
 def hub_folder(model, names):
     """Return a hub model's folder in the Hugging Face cache, with the first of these files it has.
 
     The layout is huggingface_hub's, so that each finds the other's files. HF_HOME, HF_HUB_CACHE,
-    HF_ENDPOINT, HF_TOKEN (or the token of `hf auth login`) and HF_HUB_OFFLINE work as there."""
+    HF_ENDPOINT, HF_TOKEN (or the token of `hf auth login`) and HF_HUB_OFFLINE work as there, and so
+    do the old names HUGGINGFACE_HUB_CACHE and TRANSFORMERS_OFFLINE."""
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise UserError(f"{model}: no such folder; give a folder or the name of a hub model")
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    home = Path(setting("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(setting("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
     cache = hub / f"models--{model.replace('/', '--')}"
     main = cache / "refs" / "main"  # holds the commit of the cached snapshot
     commit = main.read_text().strip() if main.exists() else "main"
     folder = cache / "snapshots" / commit
     if any((folder / name).exists() for name in names):
         return folder
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{folder}: no {names[0]}; unset HF_HUB_OFFLINE to download it")
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    login = (home / "token").read_text() if (home / "token").exists() else ""
-    token = os.environ.get("HF_TOKEN") or login
+    if setting("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UserError(f"{folder}: no {names[0]}; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
+    endpoint = (setting("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    login = home / "token"
+    token = setting("HF_TOKEN") or (login.read_text() if login.exists() else "")
     listing = f"{endpoint}/api/models/{model}/revision/{commit}?blobs=true"
     try:
         repository = json.loads(open_url(listing, token).read())
         files = {entry["rfilename"]: entry for entry in repository["siblings"]}
         folder = cache / "snapshots" / Path(repository["sha"]).name
-    except DOWNLOAD_ERRORS as error:
+    except Exception as error:
         raise UserError(f"cannot read {listing} ({describe(error)}); without a network, copy the "
                         f"model's files to {folder}") from None
     for name in [name for name in names if name in files][:1]:
@@ -577,14 +611,11 @@ def download(url, path, sha256=None, size=None, token=""):
         time.sleep(attempt)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            have = part.stat().st_size if part.exists() else 0
-            headers = {"Range": f"bytes={have}-"} if have else {}
-            with open_url(url, token, headers) as response, open(part, "ab") as file:
-                if response.headers.get_content_type() == "text/html":
-                    raise OSError("a web page was received in place of the file")
-                if response.status != 206:  # the complete file, not the rest of it
-                    file.seek(0)
-                    file.truncate()
+            response = open_url(url, token, start=part.stat().st_size if part.exists() else 0)
+            if response.headers.get_content_type() == "text/html":
+                raise OSError("a web page was received in place of the file")
+            mode = "ab" if response.status == 206 else "wb"  # 206: the rest of the file only
+            with response, open(part, mode) as file:
                 total = size or file.tell() + int(response.headers.get("Content-Length") or 0)
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
@@ -597,7 +628,7 @@ def download(url, path, sha256=None, size=None, token=""):
                 raise OSError(f"its SHA-256 is not {sha256}")
             os.replace(part, path)
             break
-        except DOWNLOAD_ERRORS as error:
+        except Exception as error:
             code = getattr(error, "code", None)
             if code == 416:  # the partial file is not the beginning of this one
                 part.unlink(missing_ok=True)
@@ -607,18 +638,17 @@ def download(url, path, sha256=None, size=None, token=""):
     return path
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects; the token stays with the request on the same host only."""
+    """Follow redirects; on the same host, such as to a renamed model, the token comes along."""
 
-    def redirect_request(self, request, response, code, message, headers, url):
-        new = super().redirect_request(request, response, code, message, headers, url)
-        same_host = (new.type, new.host) == (request.type, request.host)
-        if same_host and "Authorization" in request.unredirected_hdrs:
-            new.add_unredirected_header("Authorization", request.get_header("Authorization"))
+    def redirect_request(self, request, *arguments):
+        new = super().redirect_request(request, *arguments)
+        if (new.type, new.host) == (request.type, request.host):
+            new.unredirected_hdrs = request.unredirected_hdrs
         return new
 
-def open_url(url, token="", headers={}):
-    """Open a URL; the token goes to its own host only."""
-    request = urllib.request.Request(url, headers=headers)
+def open_url(url, token="", start=0):
+    """Open a URL from byte `start` on; the token goes to its own host only."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     if token.strip():
         request.add_unredirected_header("Authorization", f"Bearer {token.strip()}")
     return urllib.request.build_opener(Redirects).open(request, timeout=30)
@@ -626,8 +656,7 @@ def open_url(url, token="", headers={}):
 def describe(error):
     """Describe a failed request, without the token that the text of a ValueError may contain."""
     hint = "; for a gated model set HF_TOKEN" if getattr(error, "code", 0) in (401, 403) else ""
-    text = " ".join(str(error).split())
-    return text + hint if isinstance(error, OSError) else type(error).__name__
+    return " ".join(f"{error}{hint}".split()) if isinstance(error, OSError) else type(error).__name__
 
 def show_progress(text):
     """Rewrite the progress line; do nothing unless stderr is a terminal."""
@@ -635,6 +664,9 @@ def show_progress(text):
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 # --- the tokenizer ---
+
+# The gaps of T5's pretraining: their ids follow the 32,000 pieces of its vocabulary, backwards.
+SENTINELS = {f"<extra_id_{n}>": 32099 - n for n in range(100)}
 
 class Tokenizer:
     """T5's SentencePiece vocabulary: a spiece.model, a folder that holds one, or a hub name.
@@ -649,10 +681,24 @@ class Tokenizer:
             if [self.model.pad_id(), self.model.eos_id(), self.model.unk_id()] != [PAD, EOS, UNK]:
                 raise ValueError("<pad>, </s> and <unk> are not 0, 1 and 2")
         self.pieces = [self.model.id_to_piece(i) for i in range(len(self.model))]
+        self.sentinels = SENTINELS if len(self.pieces) == 32000 else {}
+        added = self.path.with_name("added_tokens.json")
+        if added.exists():
+            with names_file(added, "a file of added tokens"):
+                others = json.loads(added.read_text()).items() - self.sentinels.items()
+            if others:
+                raise UserError(f"{added}: T5 has no {sorted(others)}; use a model without them")
 
     def split(self, text, kind=str):
-        """Return a text's pieces, without </s>. Half a surrogate pair, as JSON can hold, is "?"."""
-        return self.model.encode(text.encode("utf-8", "replace").decode(), out_type=kind)
+        """Return a text's pieces, without </s>. Half a surrogate pair, as JSON can hold, is "?".
+        As in transformers 5, T5's sentinels are pieces, and the parts between them are separate."""
+        text, pieces = text.encode("utf-8", "replace").decode(), []
+        for part in re.split("(<extra_id_[1-9]?[0-9]>)", text) if self.sentinels else [text]:
+            if part in self.sentinels:
+                pieces.append(part if kind is str else self.sentinels[part])
+            else:
+                pieces += self.model.encode(part, out_type=kind)
+        return pieces
 
     def encode(self, text):
         """Return the ids of a text, ending in </s>."""
@@ -681,20 +727,18 @@ def pad_sequences(sequences, device="cpu"):
 
 # --- two faster layers for a CPU ---
 
-class Linear(nn.Linear):
-    """x W^T without a bias; W has no values before init_weights or loading."""
+class Linear(nn.Module):
+    """x W^T, without a bias; W has no values before init_weights or loading."""
 
     packed_product = None  # a faster function of x, without gradients, set by packed_weights()
 
     def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self):
-        pass
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x):
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self.packed_product:
-            return super().forward(x)
+            return F.linear(x, self.weight)
         return self.packed_product(x)
 
 @contextlib.contextmanager
@@ -740,9 +784,9 @@ def in_range(kind, above=None, below=math.inf):
 
     def number(text):  # argparse prints this name: "invalid number value"
         value = kind(text)
-        if not 0 <= value < below or (above is not None and value <= above):
-            raise ValueError
-        return value
+        if 0 <= value < below and (above is None or value > above):
+            return value
+        raise ValueError
 
     return number
 
