@@ -1,10 +1,9 @@
 """T5 by hand: the model, generation, Hugging Face files and the tokenizer.
 
 It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (gated GELU: Shazeer, 2020, arXiv
-2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416), and must agree with
-`transformers.T5ForConditionalGeneration`: the tests compare logits, gradients and generated tokens.
-A first reader can stop at "files and downloads"; what follows is engineering. Linear and Dropout
-are PyTorch's, only faster on a CPU: see "two faster layers".
+2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests hold its logits, gradients
+and generated tokens equal to those of `transformers.T5ForConditionalGeneration`. A first reader can
+stop at "files and downloads"; what follows is engineering, such as two layers for a CPU.
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.
@@ -26,11 +25,11 @@ import urllib.request
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-# Let OpenMP's threads sleep after a short spin: on a busy machine, spinning makes them many times
-# slower. The setting counts only if it is made before torch is imported.
+# Idle OpenMP threads should sleep: spinning slows a busy machine. Torch reads this when imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -71,19 +70,17 @@ class T5Config:
     scale_decoder_outputs: bool = None  # default: tie_word_embeddings
 
     def __post_init__(self):
-        if self.num_decoder_layers is None:
-            self.num_decoder_layers = self.num_layers
-        if self.scale_decoder_outputs is None:
-            self.scale_decoder_outputs = self.tie_word_embeddings
-        if self.dense_act_fn is None:
-            named = self.feed_forward_proj.removeprefix("gated-")
-            self.dense_act_fn = "gelu_new" if self.feed_forward_proj == "gated-gelu" else named
-        if self.dense_act_fn not in ACTIVATIONS:
-            raise ValueError(f"dense_act_fn is {self.dense_act_fn!r}")
+        projection = self.feed_forward_proj
+        defaults = {"dense_act_fn": "gelu_new" if projection == "gated-gelu" else projection,
+                    "num_decoder_layers": self.num_layers,
+                    "scale_decoder_outputs": self.tie_word_embeddings}
         for field in fields(self):
-            value, number = getattr(self, field.name), field.type in (int, float)
+            value = getattr(self, field.name)
+            value = defaults.get(field.name) if value is None else value
+            number = field.type in (int, float)
             if type(value) not in (field.type, int) or number and not 0 <= value < math.inf:
                 raise ValueError(f"{field.name} is {value!r}")
+            setattr(self, field.name, value)
 
 # --- blocks ---
 
@@ -92,7 +89,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gated = config.feed_forward_proj.startswith("gated-")
+        self.gated = config.feed_forward_proj == "gated-gelu"
         self.activation = ACTIVATIONS[config.dense_act_fn]
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
             self.add_module(name, Linear(config.d_model, config.d_ff))
@@ -223,8 +220,7 @@ def make_attention_bias(mask, bias):
     """Merge a boolean mask and a position bias into one bias, in the dtype attention will use.
 
     Masked positions get a large negative number that fp16 can hold, not -inf, so that a fully
-    padded row does not become NaN.
-    """
+    padded row does not become NaN."""
     device = bias.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
     return bias.to(dtype).masked_fill(~mask, -3e4)
@@ -301,7 +297,9 @@ class T5(nn.Module):
         rows = torch.arange(B, device=output.device)  # the output row of each batch element
         token = output.new_full((B,), PAD)
         # Inference mode is faster than no_grad, but autograd refuses what is created in it.
-        with eval_mode(self), torch.inference_mode():
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            stack.callback(self.train, self.training)  # restores the mode, also after an error
+            self.eval()
             # Encode the source once: its keys and values for every decoder block.
             memory_kv, memory_bias = self.encode_source(input_ids, attention_mask)
             memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
@@ -393,20 +391,10 @@ class T5(nn.Module):
             tensors["lm_head.weight"] = self.lm_head.weight.data
         config = asdict(self.config) | FIXED | {"tie_word_embeddings": scaled}
         config |= {"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (folder / "config.json.tmp").write_text(text)
+        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_safetensors(tensors, folder / "model.safetensors.tmp")
         for name in ("config.json", "model.safetensors"):
             os.replace(folder / f"{name}.tmp", folder / name)
-
-@contextlib.contextmanager
-def eval_mode(model):
-    """Context manager: put a model into eval mode, and then back into its mode before."""
-    was_training = model.training
-    try:
-        yield model.eval()
-    finally:
-        model.train(was_training)
 
 def sample_token(logits, temperature, top_k, generator):
     """Choose the next token (B,) from logits (B, V): the most probable one, or a sample."""
@@ -442,8 +430,7 @@ HF_NAMES = {
     "blocks": "block", "final_norm": "final_layer_norm",
     "self_norm": "layer.0.layer_norm", "self_attention": "layer.0.SelfAttention",
     "cross_norm": "layer.1.layer_norm", "cross_attention": "layer.1.EncDecAttention",
-    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
-}
+    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias"}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def hf_name(name):
@@ -469,8 +456,7 @@ def read_config(name_or_dir):
     with names_file(path, "the config of a T5"):
         stored = json.loads(path.read_text(encoding="utf-8"))
         config = T5Config(**{k: v for k, v in stored.items() if k in T5Config.__annotations__})
-        gated = config.feed_forward_proj.startswith("gated-")
-        for name, value in (FIXED | {"is_gated_act": gated}).items():
+        for name, value in FIXED.items():
             if stored.get(name, value) != value:
                 raise ValueError(f"{name} is {stored[name]!r}, not {value!r}")
         return config
@@ -481,37 +467,30 @@ def read_weights(name_or_dir):
     path = model_file(name_or_dir, *[stem + end for stem in stems for end in ("", ".index.json")])
     read = read_safetensors if path.name.startswith(stems[0]) else functools.partial(
         torch.load, map_location="cpu", weights_only=True)  # it refuses a pickle that runs code
-    paths = [path]
+    shards = [path.name]
     if path.suffix == ".json":
         with names_file(path, "a complete index of shards"):
             shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-            names = sorted({Path(shard).name for shard in shards})
-        paths = [model_file(name_or_dir, name) for name in names]
+            shards = sorted({Path(shard).name for shard in shards})
     weights = {}
-    for path in paths:
+    for path in [model_file(name_or_dir, shard) for shard in shards]:
         with names_file(path, "a complete file of weights"):
             stored = read(path)
             for key in ("state_dict", "model_state_dict", "model"):
                 stored = stored.get(key, stored)  # the weights in a training script's checkpoint
             for name, tensor in stored.items():
-                # torch.compile, DataParallel and Lightning put prefixes before the names.
+                # Without the prefixes of torch.compile, DataParallel and Lightning.
                 name = re.sub(r"\b(_orig_mod|module|model)\.", "", name)
-                # Some files hold copies of the embedding.
-                name = re.sub(r"^(encoder|decoder)\.embed_tokens", "shared", name)
-                weights[name] = tensor
+                weights[re.sub(r"^(en|de)coder\.embed_tokens", "shared", name)] = tensor  # copies
     return weights
 
-def map_file(path):
-    """Map a file into memory as a tensor of bytes; pages are read when they are used."""
-    return torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-
 def read_safetensors(path):
-    """Map one safetensors file into memory: {name: tensor}.
+    """Map one safetensors file into memory: {name: tensor}. Pages are read when they are used.
 
     The format: 8 bytes with the length of the header, a JSON header, the bytes of the tensors."""
-    data = map_file(path)
-    first = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
-    header = json.loads(data[8:first].numpy().tobytes())
+    data = np.memmap(path, mode="c")  # a change stays in memory
+    first = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:first].tobytes())
     header.pop("__metadata__", None)
     tensors, last = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -520,7 +499,7 @@ def read_safetensors(path):
         if start != last or end - start != math.prod(entry["shape"]) * dtype.itemsize:
             raise ValueError(f"{name} has the wrong offsets {start}, {end}")
         last = end
-        part = data[first + start : first + end]
+        part = torch.from_numpy(data[first + start : first + end])
         if (first + start) % dtype.itemsize:  # a view must start at a multiple of its item size
             part = part.clone()
         # Without .data, autograd would take a change of one tensor for a change of all.
@@ -544,8 +523,6 @@ def write_safetensors(tensors, path):
         for tensor in tensors.values():
             file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
-# --- downloads ---
-
 def model_file(name_or_dir, *names):
     """Return the path of the first of these files that a model has, downloading it if necessary."""
     folder = Path(name_or_dir)
@@ -561,39 +538,36 @@ def model_file(name_or_dir, *names):
         remedy = "merge this PEFT adapter first: merge_and_unload(), then save_pretrained()"
     raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; {remedy}")
 
-def setting(*names):
-    """Return the first of these environment variables that is set, or ""."""
-    return next(filter(None, map(os.environ.get, names)), "")
-
 def hub_folder(model, names):
     """Return a hub model's folder in the Hugging Face cache, with the first of these files it has.
 
-    The layout is huggingface_hub's, so that each finds the other's files. HF_HOME, HF_HUB_CACHE,
-    HF_ENDPOINT, HF_TOKEN (or the token of `hf auth login`) and HF_HUB_OFFLINE work as there, and so
-    do the old names HUGGINGFACE_HUB_CACHE and TRANSFORMERS_OFFLINE."""
+    The layout is huggingface_hub's, so that each finds the other's files, and so are the variables,
+    such as HF_HOME, and the token of `hf auth login`."""
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise UserError(f"{model}: no such folder; give a folder or the name of a hub model")
-    home = Path(setting("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hub = Path(setting("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
+    get = os.environ.get
+    home = Path(get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
     cache = hub / f"models--{model.replace('/', '--')}"
     main = cache / "refs" / "main"  # holds the commit of the cached snapshot
     commit = main.read_text().strip() if main.exists() else "main"
     folder = cache / "snapshots" / commit
     if any((folder / name).exists() for name in names):
         return folder
-    if setting("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE").upper() in ("1", "TRUE", "YES", "ON"):
+    offline = get("HF_HUB_OFFLINE") or get("TRANSFORMERS_OFFLINE") or ""
+    if offline.upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{folder}: no {names[0]}; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
-    endpoint = (setting("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    login = home / "token"
-    token = setting("HF_TOKEN") or (login.read_text() if login.exists() else "")
+    endpoint = (get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    login = (home / "token").read_text() if (home / "token").exists() else ""
+    token = re.sub("[^!-~]", "", get("HF_TOKEN") or login)  # what a header cannot hold
     listing = f"{endpoint}/api/models/{model}/revision/{commit}?blobs=true"
     try:
         repository = json.loads(open_url(listing, token).read())
         files = {entry["rfilename"]: entry for entry in repository["siblings"]}
         folder = cache / "snapshots" / Path(repository["sha"]).name
     except Exception as error:
-        raise UserError(f"cannot read {listing} ({describe(error)}); without a network, copy the "
-                        f"model's files to {folder}") from None
+        raise UserError(f"cannot read {listing} ({error!r}); set HF_TOKEN for a gated model, or copy "
+                        f"the model's files to {folder}") from None
     for name in [name for name in names if name in files][:1]:
         sha256 = (files[name].get("lfs") or {}).get("sha256")
         url = f"{endpoint}/{model}/resolve/{folder.name}/{name}"
@@ -623,7 +597,7 @@ def download(url, path, sha256=None, size=None, token=""):
                 show_progress("")
                 if file.tell() < total or (size and file.tell() > size):
                     raise OSError(f"{file.tell():,} of {total:,} bytes were received")
-            if sha256 and hashlib.sha256(map_file(part).numpy()).hexdigest() != sha256:
+            if sha256 and hashlib.sha256(np.memmap(part)).hexdigest() != sha256:
                 part.unlink()
                 raise OSError(f"its SHA-256 is not {sha256}")
             os.replace(part, path)
@@ -633,8 +607,9 @@ def download(url, path, sha256=None, size=None, token=""):
             if code == 416:  # the partial file is not the beginning of this one
                 part.unlink(missing_ok=True)
             if attempt == 3 or code in (401, 403, 404):
-                raise UserError(f"cannot download {url} ({describe(error)}); try again, or copy "
-                                f"the file to {path}") from None
+                remedy = "set HF_TOKEN for a gated model" if code in (401, 403) else "try again"
+                raise UserError(f"cannot download {url} ({error!r}); {remedy}, or copy the file to "
+                                f"{path}") from None
     return path
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -649,14 +624,9 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 def open_url(url, token="", start=0):
     """Open a URL from byte `start` on; the token goes to its own host only."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    if token.strip():
-        request.add_unredirected_header("Authorization", f"Bearer {token.strip()}")
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     return urllib.request.build_opener(Redirects).open(request, timeout=30)
-
-def describe(error):
-    """Describe a failed request, without the token that the text of a ValueError may contain."""
-    hint = "; for a gated model set HF_TOKEN" if getattr(error, "code", 0) in (401, 403) else ""
-    return " ".join(f"{error}{hint}".split()) if isinstance(error, OSError) else type(error).__name__
 
 def show_progress(text):
     """Rewrite the progress line; do nothing unless stderr is a terminal."""
@@ -664,9 +634,6 @@ def show_progress(text):
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 # --- the tokenizer ---
-
-# The gaps of T5's pretraining: their ids follow the 32,000 pieces of its vocabulary, backwards.
-SENTINELS = {f"<extra_id_{n}>": 32099 - n for n in range(100)}
 
 class Tokenizer:
     """T5's SentencePiece vocabulary: a spiece.model, a folder that holds one, or a hub name.
@@ -681,7 +648,9 @@ class Tokenizer:
             if [self.model.pad_id(), self.model.eos_id(), self.model.unk_id()] != [PAD, EOS, UNK]:
                 raise ValueError("<pad>, </s> and <unk> are not 0, 1 and 2")
         self.pieces = [self.model.id_to_piece(i) for i in range(len(self.model))]
-        self.sentinels = SENTINELS if len(self.pieces) == 32000 else {}
+        # The ids of T5's sentinels, which mark gaps, follow its 32,000 pieces, the last one first.
+        sentinels = range(100) if len(self.pieces) == 32000 else []
+        self.sentinels = {f"<extra_id_{n}>": 32099 - n for n in sentinels}
         added = self.path.with_name("added_tokens.json")
         if added.exists():
             with names_file(added, "a file of added tokens"):
@@ -781,13 +750,11 @@ def best_device():
 
 def in_range(kind, above=None, below=math.inf):
     """Return an argparse type: a number of at least 0, or above `above`, and below `below`."""
-
     def number(text):  # argparse prints this name: "invalid number value"
         value = kind(text)
         if 0 <= value < below and (above is None or value > above):
             return value
         raise ValueError
-
     return number
 
 def run_command(main):
@@ -802,8 +769,8 @@ def run_command(main):
     except BrokenPipeError:  # for example `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # for example a full disk
-        name = error.filename or "writing a file"
-        sys.exit(f"error: {name}: {error.strerror or error}; fix this and run it again")
+        name, cause = error.filename or "writing a file", error.strerror or error
+        sys.exit(f"error: {name}: {cause}; fix this and run it again")
 
 def main():
     """Generate from one text: python t5.py MODEL "text"."""
@@ -822,8 +789,8 @@ def main():
     dtype = getattr(torch, args.dtype)
     model, tokenizer = load_pretrained(args.model, device=args.device, dtype=dtype)
     input_ids = pad_sequences([tokenizer.encode(args.text)], args.device)
-    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    for ids in model.generate(input_ids, num_samples=args.num_samples, **options):
+    for ids in model.generate(input_ids, None, args.max_new_tokens, args.temperature,
+                              num_samples=args.num_samples):
         print(tokenizer.decode(ids))
 
 if __name__ == "__main__":
