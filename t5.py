@@ -1,9 +1,9 @@
 """T5 by hand: the model, generation, Hugging Face files and the tokenizer.
 
 It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (gated GELU: Shazeer, 2020, arXiv
-2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests hold its logits, gradients
-and generated tokens equal to those of `transformers.T5ForConditionalGeneration`. A first reader can
-stop at "files and downloads"; what follows is engineering, such as two layers for a CPU.
+2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests compare logits, gradients
+and generated tokens with `transformers.T5ForConditionalGeneration`. A first reader can stop at
+"files and downloads"; what follows is engineering, such as two faster layers for a CPU.
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.
@@ -49,7 +49,6 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu,
 @dataclass
 class T5Config:
     """The shape of a model, in the names of config.json. The defaults are t5-small's.
-
     T5 1.0 ties the output head to the embedding, whose standard deviation is 1, and so scales the
     decoder's output by d_model**-0.5 before it. T5 1.1 and FlanT5 do neither."""
 
@@ -70,9 +69,8 @@ class T5Config:
     scale_decoder_outputs: bool = None  # default: tie_word_embeddings
 
     def __post_init__(self):
-        projection = self.feed_forward_proj
-        defaults = {"dense_act_fn": "gelu_new" if projection == "gated-gelu" else projection,
-                    "num_decoder_layers": self.num_layers,
+        defaults = {"num_decoder_layers": self.num_layers,
+                    "dense_act_fn": self.feed_forward_proj.replace("gated-gelu", "gelu_new"),
                     "scale_decoder_outputs": self.tie_word_embeddings}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -146,7 +144,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Self-attention, cross-attention (decoder only), feed-forward: x + dropout(f(norm(x))).
-
     T5's layer norm is x / rms(x) * weight, without a mean and without a bias."""
 
     def __init__(self, config, is_decoder):
@@ -185,11 +182,9 @@ class Stack(nn.Module):
 
     def position_bias(self, query_position, key_position):
         """Return the bias (1, H, n, m) for positions (n,) and (m,): one learned scalar per head and
-        bucket of distances.
-
-        Of the decoder's 32 buckets, 16 are for the distances 0 to 15, the others for ranges of
-        growing width: 16 to 18, .., 99 to 112, from 113 on. The encoder looks both ways, so it has
-        16 buckets to the left and 16 to the right."""
+        bucket of distances. Of the decoder's 32 buckets, 16 are for the distances 0 to 15, the
+        others for ranges of growing width: 16 to 18, .., 99 to 112, from 113 on. The encoder looks
+        both ways, so it has 16 buckets to the left and 16 to the right."""
         distance = key_position[None, :] - query_position[:, None]  # (n, m)
         buckets = self.relative_bias.num_embeddings
         first = 0  # of the buckets for the key's side
@@ -218,7 +213,6 @@ class Stack(nn.Module):
 
 def make_attention_bias(mask, bias):
     """Merge a boolean mask and a position bias into one bias, in the dtype attention will use.
-
     Masked positions get a large negative number that fp16 can hold, not -inf, so that a fully
     padded row does not become NaN."""
     device = bias.device.type
@@ -249,7 +243,6 @@ class T5(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Draw T5's random weights: embeddings with standard deviation 1, matrices fan_in**-0.5.
-
         W_q gets a further d_kv**-0.5, which replaces the usual scaling of the attention logits. An
         untied head is treated like any other matrix, so the first loss is near log V + 1/2."""
         for name, weight in self.named_parameters():
@@ -347,8 +340,6 @@ class T5(nn.Module):
                 kv[0, chunk], kv[1, chunk] = block.cross_attention.project_kv(memory)
         return memory_kv, bias
 
-    # --- loading and saving ---
-
     def hf_tensors(self, of=lambda parameter: parameter.data):
         """Return {name in Hugging Face files: tensor}; pass of=lambda p: p.grad for gradients."""
         return {hf_name(name): of(parameter) for name, parameter in self.named_parameters()}
@@ -356,7 +347,6 @@ class T5(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, dropout_rate=None):
         """Load a folder in Hugging Face format, or a name on the hub, in eval mode.
-
         dropout_rate overrides config.json's, and is saved with the model. On the CPU, safetensors
         that need no conversion are memory-mapped, so do not change the file in place while in use.
         Raises UserError naming the file or folder, and what is wrong with it."""
@@ -382,7 +372,6 @@ class T5(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, each atomically; `transformers` loads them.
-
         For transformers 4, tie_word_embeddings means that the decoder's output is scaled, too. This
         is what is written here, and a head that is not scaled is stored even if it is tied."""
         folder, tensors, scaled = Path(folder), self.hf_tensors(), self.config.scale_decoder_outputs
@@ -400,8 +389,7 @@ def sample_token(logits, temperature, top_k, generator):
     """Choose the next token (B,) from logits (B, V): the most probable one, or a sample."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    vocab_size = logits.shape[-1]
-    values, ids = logits.float().topk(min(top_k or vocab_size, vocab_size))
+    values, ids = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     if not values[:, 0].isfinite().all():  # topk takes NaN for the largest number
         raise UserError("the model's logits are not finite; try --dtype float32 or another model")
     probs = (values / temperature).softmax(dim=-1)
@@ -409,9 +397,8 @@ def sample_token(logits, temperature, top_k, generator):
 
 def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
     """Compact a batch of generate(): return its five tensors without the finished elements (B,).
-
-    Unfinished elements from the end of the batch are copied over finished ones at its beginning: of
-    [a, -, c, -, e] e fills the first gap, and [a, e, c] remains. This copies little."""
+    Elements from the end are copied over finished ones at the beginning: of [a, -, c, -, e] e fills
+    the first gap, and [a, e, c] remains. This copies little."""
     n = len(finished) - int(finished.sum())
     slots = finished[:n].nonzero()[:, 0]
     movers = n + (~finished[n:]).nonzero()[:, 0]
@@ -485,20 +472,18 @@ def read_weights(name_or_dir):
     return weights
 
 def read_safetensors(path):
-    """Map one safetensors file into memory: {name: tensor}. Pages are read when they are used.
-
+    """Map a safetensors file into memory: {name: tensor}. Pages are read when they are used.
     The format: 8 bytes with the length of the header, a JSON header, the bytes of the tensors."""
     data = np.memmap(path, mode="c")  # a change stays in memory
     first = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header = json.loads(data[8:first].tobytes())
     header.pop("__metadata__", None)
-    tensors, last = {}, 0
+    tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = entry["data_offsets"]
         dtype = DTYPES[entry["dtype"]]
-        if start != last or end - start != math.prod(entry["shape"]) * dtype.itemsize:
-            raise ValueError(f"{name} has the wrong offsets {start}, {end}")
-        last = end
+        start, end = end, end + math.prod(entry["shape"]) * dtype.itemsize
+        if entry["data_offsets"] != [start, end]:
+            raise ValueError(f"{name} is not at {start} to {end}")
         part = torch.from_numpy(data[first + start : first + end])
         if (first + start) % dtype.itemsize:  # a view must start at a multiple of its item size
             part = part.clone()
@@ -531,18 +516,15 @@ def model_file(name_or_dir, *names):
     for name in names:
         if (folder / name).exists():
             return folder / name
-    remedy = "copy one there"
-    if names == ("spiece.model",):  # transformers 5 does not save it
-        remedy = "copy the base model's there: huggingface.co/google/flan-t5-base has T5's"
-    elif (folder / "adapter_config.json").exists():
-        remedy = "merge this PEFT adapter first: merge_and_unload(), then save_pretrained()"
+    adapter = (folder / "adapter_config.json").exists()
+    remedy = ("copy the base model's there, such as google/flan-t5-base's" if "spiece.model" in names
+              else "merge this PEFT adapter first: merge_and_unload(), then save_pretrained()"
+              if adapter else "copy one there")
     raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; {remedy}")
 
 def hub_folder(model, names):
     """Return a hub model's folder in the Hugging Face cache, with the first of these files it has.
-
-    The layout is huggingface_hub's, so that each finds the other's files, and so are the variables,
-    such as HF_HOME, and the token of `hf auth login`."""
+    Its layout, the variables such as HF_HOME and the token are those of huggingface_hub."""
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise UserError(f"{model}: no such folder; give a folder or the name of a hub model")
     get = os.environ.get
@@ -566,8 +548,8 @@ def hub_folder(model, names):
         files = {entry["rfilename"]: entry for entry in repository["siblings"]}
         folder = cache / "snapshots" / Path(repository["sha"]).name
     except Exception as error:
-        raise UserError(f"cannot read {listing} ({error!r}); set HF_TOKEN for a gated model, or copy "
-                        f"the model's files to {folder}") from None
+        raise UserError(f"cannot read {listing} ({error!r}); set HF_TOKEN for a gated model, or "
+                        f"copy the model's files to {folder}") from None
     for name in [name for name in names if name in files][:1]:
         sha256 = (files[name].get("lfs") or {}).get("sha256")
         url = f"{endpoint}/{model}/resolve/{folder.name}/{name}"
@@ -578,7 +560,6 @@ def hub_folder(model, names):
 
 def download(url, path, sha256=None, size=None, token=""):
     """Download a URL to path, unless the file exists, and return path. Raises UserError.
-
     The file is written as PATH.part, checked, and renamed; an interrupted download resumes."""
     part = path.with_name(path.name + ".part")
     for attempt in range(0 if path.exists() else 4):
@@ -600,16 +581,14 @@ def download(url, path, sha256=None, size=None, token=""):
             if sha256 and hashlib.sha256(np.memmap(part)).hexdigest() != sha256:
                 part.unlink()
                 raise OSError(f"its SHA-256 is not {sha256}")
-            os.replace(part, path)
-            break
+            return part.replace(path)
         except Exception as error:
             code = getattr(error, "code", None)
             if code == 416:  # the partial file is not the beginning of this one
                 part.unlink(missing_ok=True)
             if attempt == 3 or code in (401, 403, 404):
-                remedy = "set HF_TOKEN for a gated model" if code in (401, 403) else "try again"
-                raise UserError(f"cannot download {url} ({error!r}); {remedy}, or copy the file to "
-                                f"{path}") from None
+                raise UserError(f"cannot download {url} ({error!r}); try again (with HF_TOKEN for a "
+                                f"gated model), or copy the file to {path}") from None
     return path
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -637,7 +616,6 @@ def show_progress(text):
 
 class Tokenizer:
     """T5's SentencePiece vocabulary: a spiece.model, a folder that holds one, or a hub name.
-
     pieces: the string of each id; "\u2581" (not the underscore) marks the start of a word."""
 
     def __init__(self, name_or_path):
@@ -699,21 +677,20 @@ def pad_sequences(sequences, device="cpu"):
 class Linear(nn.Module):
     """x W^T, without a bias; W has no values before init_weights or loading."""
 
-    packed_product = None  # a faster function of x, without gradients, set by packed_weights()
+    packed = None  # the weights as a faster product without gradients wants them
 
     def __init__(self, inputs, outputs):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x):
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self.packed_product:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or self.packed is None:
             return F.linear(x, self.weight)
-        return self.packed_product(x)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
 
 @contextlib.contextmanager
 def packed_weights(*modules):
     """Context manager: prepack the fp32 weights of all Linear layers on an x86 CPU.
-
     A matrix product first rearranges the weights. For the few rows of a decoding step that takes
     longer than the product, so do it once for many steps. Do not change the weights inside."""
     x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
@@ -721,14 +698,12 @@ def packed_weights(*modules):
               and x86 and torch.backends.mkldnn.is_available() and x.weight.is_cpu
               and x.weight.dtype == torch.float32]
     for layer in layers:
-        w = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        layer.packed_product = lambda x, w=w: multiply(x, w, None, "none", [], "")
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
     try:
         yield
     finally:
         for layer in layers:
-            layer.packed_product = None
+            layer.packed = None
 
 class Dropout(nn.Dropout):
     """PyTorch's dropout; on a CPU twice as fast, with 16 random bits per element, not a double."""
@@ -779,8 +754,7 @@ def main():
     add = parser.add_argument
     add("model", help="folder or hub name such as google/flan-t5-small")
     add("text", help="input, such as 'Q: What is 2 + 3? A:'")
-    devices = sorted({"cpu", best_device()})
-    add("--device", choices=devices, default=best_device(), help="where to run")
+    add("--device", choices=sorted({"cpu", best_device()}), default=best_device(), help="device")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     add("--max-new-tokens", type=in_range(int, above=0), default=256, help="longest output")
     add("--temperature", type=in_range(float), default=0.0, help="0 decodes greedily")
