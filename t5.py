@@ -182,9 +182,8 @@ class Stack(nn.Module):
 
     def position_bias(self, query_position, key_position):
         """Return the bias (1, H, n, m) for positions (n,) and (m,): one learned scalar per head and
-        bucket of distances. Of the decoder's 32 buckets, 16 are for the distances 0 to 15, the
-        others for ranges of growing width: 16 to 18, .., 99 to 112, from 113 on. The encoder looks
-        both ways, so it has 16 buckets to the left and 16 to the right."""
+        bucket of distances. The decoder has 16 buckets for the distances 0 to 15 and 16 for ranges
+        of growing width: 16 to 18, .., from 113 on. The encoder has 16 buckets to either side."""
         distance = key_position[None, :] - query_position[:, None]  # (n, m)
         buckets = self.relative_bias.num_embeddings
         first = 0  # of the buckets for the key's side
@@ -352,8 +351,6 @@ class T5(nn.Module):
         Raises UserError naming the file or folder, and what is wrong with it."""
         config, stored = read_config(name_or_dir), read_weights(name_or_dir)
         config.dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
-        # Some files hold a bias that no T5 uses.
-        stored.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
         if config.tie_word_embeddings and "shared.weight" in stored:
             stored.setdefault("lm_head.weight", stored["shared.weight"])
         with names_file(name_or_dir, "a T5 whose weights fit config.json"):
@@ -362,7 +359,8 @@ class T5(nn.Module):
             with torch.device("meta"):  # no memory and no time for random weights
                 model = cls(config)
             ours = {hf_name(name): name for name in model.state_dict()}
-            state = {ours.get(name, name): tensor for name, tensor in stored.items()}
+            state = {ours.get(name, name): tensor for name, tensor in stored.items()
+                     if "EncDecAttention.relative_attention_bias" not in name}  # no T5 uses it
             model.load_state_dict(state, assign=True)
         # transformers 4 and 5 read tie_word_embeddings differently, so let the weights decide.
         config.tie_word_embeddings = torch.equal(model.lm_head.weight, model.shared.weight)
@@ -427,7 +425,7 @@ def hf_name(name):
     return ".".join(names.get(part, part) for part in name.split("."))
 
 @contextlib.contextmanager
-def names_file(path, what):
+def names_file(path, what, remedy="download it again"):
     """Context manager: turn any error into a UserError that says what the file is not, and why."""
     try:
         yield
@@ -435,7 +433,7 @@ def names_file(path, what):
         if Path(path).is_file() and open(path, "rb").read(23) == b"version https://git-lfs":
             raise UserError(f"{path}: only a git-lfs pointer; run `git lfs pull` there") from None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
-        raise UserError(f"{path}: not {what} ({reason}); download it again") from None
+        raise UserError(f"{path}: not {what} ({reason}); {remedy}") from None
 
 def read_config(name_or_dir):
     """Read a model's config.json; ignore keys that T5Config lacks."""
@@ -487,8 +485,7 @@ def read_safetensors(path):
         part = torch.from_numpy(data[first + start : first + end])
         if (first + start) % dtype.itemsize:  # a view must start at a multiple of its item size
             part = part.clone()
-        # Without .data, autograd would take a change of one tensor for a change of all.
-        tensors[name] = part.view(dtype).view(entry["shape"]).data
+        tensors[name] = part.view(dtype).view(entry["shape"])
     return tensors
 
 def write_safetensors(tensors, path):
@@ -516,10 +513,11 @@ def model_file(name_or_dir, *names):
     for name in names:
         if (folder / name).exists():
             return folder / name
-    adapter = (folder / "adapter_config.json").exists()
-    remedy = ("copy the base model's there, such as google/flan-t5-base's" if "spiece.model" in names
-              else "merge this PEFT adapter first: merge_and_unload(), then save_pretrained()"
-              if adapter else "copy one there")
+    remedy = "copy one there"
+    if "spiece.model" in names:  # transformers 5 does not save it
+        remedy = "copy the base model's there, such as google/flan-t5-base's"
+    elif (folder / "adapter_config.json").exists():
+        remedy = "merge this PEFT adapter first: merge_and_unload(), then save_pretrained()"
     raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; {remedy}")
 
 def hub_folder(model, names):
@@ -543,13 +541,11 @@ def hub_folder(model, names):
     login = (home / "token").read_text() if (home / "token").exists() else ""
     token = re.sub("[^!-~]", "", get("HF_TOKEN") or login)  # what a header cannot hold
     listing = f"{endpoint}/api/models/{model}/revision/{commit}?blobs=true"
-    try:
+    with names_file(listing, "a list of files", "without a network or, for a gated model, HF_TOKEN, "
+                    f"copy the model's files to {folder}"):
         repository = json.loads(open_url(listing, token).read())
         files = {entry["rfilename"]: entry for entry in repository["siblings"]}
         folder = cache / "snapshots" / Path(repository["sha"]).name
-    except Exception as error:
-        raise UserError(f"cannot read {listing} ({error!r}); set HF_TOKEN for a gated model, or "
-                        f"copy the model's files to {folder}") from None
     for name in [name for name in names if name in files][:1]:
         sha256 = (files[name].get("lfs") or {}).get("sha256")
         url = f"{endpoint}/{model}/resolve/{folder.name}/{name}"
@@ -631,10 +627,9 @@ class Tokenizer:
         self.sentinels = {f"<extra_id_{n}>": 32099 - n for n in sentinels}
         added = self.path.with_name("added_tokens.json")
         if added.exists():
-            with names_file(added, "a file of added tokens"):
-                others = json.loads(added.read_text()).items() - self.sentinels.items()
-            if others:
-                raise UserError(f"{added}: T5 has no {sorted(others)}; use a model without them")
+            with names_file(added, "a table of T5's sentinels", "use a model without added tokens"):
+                if others := json.loads(added.read_text()).items() - self.sentinels.items():
+                    raise ValueError(f"it adds {dict(others)}")
 
     def split(self, text, kind=str):
         """Return a text's pieces, without </s>. Half a surrogate pair, as JSON can hold, is "?".
@@ -691,8 +686,8 @@ class Linear(nn.Module):
 @contextlib.contextmanager
 def packed_weights(*modules):
     """Context manager: prepack the fp32 weights of all Linear layers on an x86 CPU.
-    A matrix product first rearranges the weights. For the few rows of a decoding step that takes
-    longer than the product, so do it once for many steps. Do not change the weights inside."""
+    For the few rows of a decoding step, rearranging the weights takes longer than the product, so
+    do it once for many steps. Do not change the weights inside."""
     x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     layers = [x for module in modules for x in module.modules() if isinstance(x, Linear)
               and x86 and torch.backends.mkldnn.is_available() and x.weight.is_cpu
