@@ -22,7 +22,7 @@ import re
 import sys
 import time
 import urllib.request
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # Idle OpenMP threads should sleep: spinning slows a busy machine. Torch reads this when imported.
@@ -43,8 +43,7 @@ class UserError(Exception):
 
 # --- configuration ---
 
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu,
-               "gelu_new": functools.partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {"relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_new": nn.GELU("tanh")}
 
 @dataclass
 class T5Config:
@@ -72,13 +71,11 @@ class T5Config:
         defaults = {"num_decoder_layers": self.num_layers,
                     "dense_act_fn": self.feed_forward_proj.replace("gated-gelu", "gelu_new"),
                     "scale_decoder_outputs": self.tie_word_embeddings}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            value = defaults.get(field.name) if value is None else value
-            number = field.type in (int, float)
-            if type(value) not in (field.type, int) or number and not 0 <= value < math.inf:
-                raise ValueError(f"{field.name} is {value!r}")
-            setattr(self, field.name, value)
+        for name, kind in T5Config.__annotations__.items():
+            value = defaults.get(name) if getattr(self, name) is None else getattr(self, name)
+            if type(value) not in (kind, int) or kind != str and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}")
+            setattr(self, name, value)
 
 # --- blocks ---
 
@@ -88,17 +85,14 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
-        self.activation = ACTIVATIONS[config.dense_act_fn]
+        self.act = ACTIVATIONS[config.dense_act_fn]
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
             self.add_module(name, Linear(config.d_model, config.d_ff))
         self.wo = Linear(config.d_ff, config.d_model)
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x):
-        if self.gated:
-            x = self.activation(self.wi_0(x)) * self.wi_1(x)
-        else:
-            x = self.activation(self.wi(x))
+        x = self.act(self.wi_0(x)) * self.wi_1(x) if self.gated else self.act(self.wi(x))
         return self.wo(self.dropout(x))
 
 class Attention(nn.Module):
@@ -185,11 +179,8 @@ class Stack(nn.Module):
         bucket of distances. The decoder has 16 buckets for the distances 0 to 15 and 16 for ranges
         of growing width: 16 to 18, .., from 113 on. The encoder has 16 buckets to either side."""
         distance = key_position[None, :] - query_position[:, None]  # (n, m)
-        buckets = self.relative_bias.num_embeddings
-        first = 0  # of the buckets for the key's side
-        if not self.is_decoder:
-            buckets //= 2
-            first = (distance > 0).long() * buckets
+        buckets = self.relative_bias.num_embeddings // (1 if self.is_decoder else 2)
+        first = 0 if self.is_decoder else (distance > 0).long() * buckets  # on the key's side
         distance = (distance.clamp(max=0) if self.is_decoder else distance).abs()
         exact = buckets // 2
         ratio = distance.clamp(min=1) / exact  # no log of 0
@@ -212,8 +203,7 @@ class Stack(nn.Module):
 
 def make_attention_bias(mask, bias):
     """Merge a boolean mask and a position bias into one bias, in the dtype attention will use.
-    Masked positions get a large negative number that fp16 can hold, not -inf, so that a fully
-    padded row does not become NaN."""
+    Masked positions get -3e4, which fp16 can hold: with -inf, a row of padding would become NaN."""
     device = bias.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bias.dtype
     return bias.to(dtype).masked_fill(~mask, -3e4)
@@ -346,9 +336,8 @@ class T5(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, dropout_rate=None):
         """Load a folder in Hugging Face format, or a name on the hub, in eval mode.
-        dropout_rate overrides config.json's, and is saved with the model. On the CPU, safetensors
-        that need no conversion are memory-mapped, so do not change the file in place while in use.
-        Raises UserError naming the file or folder, and what is wrong with it."""
+        dropout_rate replaces config.json's, also in what is saved. On the CPU, safetensors that
+        need no conversion are memory-mapped: do not change the file. Raises UserError naming it."""
         config, stored = read_config(name_or_dir), read_weights(name_or_dir)
         config.dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
         if config.tie_word_embeddings and "shared.weight" in stored:
@@ -464,8 +453,7 @@ def read_weights(name_or_dir):
             for key in ("state_dict", "model_state_dict", "model"):
                 stored = stored.get(key, stored)  # the weights in a training script's checkpoint
             for name, tensor in stored.items():
-                # Without the prefixes of torch.compile, DataParallel and Lightning.
-                name = re.sub(r"\b(_orig_mod|module|model)\.", "", name)
+                name = re.sub(r"\b(_orig_mod|module|model)\.", "", name)  # of wrapped models
                 weights[re.sub(r"^(en|de)coder\.embed_tokens", "shared", name)] = tensor  # copies
     return weights
 
@@ -492,24 +480,22 @@ def write_safetensors(tensors, path):
     """Write {name: tensor} as one safetensors file."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in names:
-            raise UserError(f"{path}: {name} is in {tensor.dtype}; save it in fp32, fp16 or bf16")
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [start, end]}
+    for name, x in tensors.items():
+        if x.dtype not in names:
+            raise UserError(f"{path}: {name} is in {x.dtype}; save it in fp32, fp16 or bf16")
+        start, end = end, end + x.nbytes
+        header[name] = {"dtype": names[x.dtype], "shape": x.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for x in tensors.values():
+            file.write(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 def model_file(name_or_dir, *names):
     """Return the path of the first of these files that a model has, downloading it if necessary."""
-    folder = Path(name_or_dir)
-    if not folder.is_dir():
-        folder = hub_folder(str(name_or_dir), names)
+    is_dir = Path(name_or_dir).is_dir()
+    folder = Path(name_or_dir) if is_dir else hub_folder(str(name_or_dir), names)
     for name in names:
         if (folder / name).exists():
             return folder / name
@@ -541,7 +527,7 @@ def hub_folder(model, names):
     login = (home / "token").read_text() if (home / "token").exists() else ""
     token = re.sub("[^!-~]", "", get("HF_TOKEN") or login)  # what a header cannot hold
     listing = f"{endpoint}/api/models/{model}/revision/{commit}?blobs=true"
-    with names_file(listing, "a list of files", "without a network or, for a gated model, HF_TOKEN, "
+    with names_file(listing, "a list of files", "for a gated model set HF_TOKEN; without a network "
                     f"copy the model's files to {folder}"):
         repository = json.loads(open_url(listing, token).read())
         files = {entry["rfilename"]: entry for entry in repository["siblings"]}
@@ -556,7 +542,7 @@ def hub_folder(model, names):
 
 def download(url, path, sha256=None, size=None, token=""):
     """Download a URL to path, unless the file exists, and return path. Raises UserError.
-    The file is written as PATH.part, checked, and renamed; an interrupted download resumes."""
+    It is written as PATH.part, checked, and renamed; status 206 continues an interrupted file."""
     part = path.with_name(path.name + ".part")
     for attempt in range(0 if path.exists() else 4):
         time.sleep(attempt)
@@ -565,8 +551,7 @@ def download(url, path, sha256=None, size=None, token=""):
             response = open_url(url, token, start=part.stat().st_size if part.exists() else 0)
             if response.headers.get_content_type() == "text/html":
                 raise OSError("a web page was received in place of the file")
-            mode = "ab" if response.status == 206 else "wb"  # 206: the rest of the file only
-            with response, open(part, mode) as file:
+            with response, open(part, "ab" if response.status == 206 else "wb") as file:
                 total = size or file.tell() + int(response.headers.get("Content-Length") or 0)
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
@@ -583,8 +568,8 @@ def download(url, path, sha256=None, size=None, token=""):
             if code == 416:  # the partial file is not the beginning of this one
                 part.unlink(missing_ok=True)
             if attempt == 3 or code in (401, 403, 404):
-                raise UserError(f"cannot download {url} ({error!r}); try again (with HF_TOKEN for a "
-                                f"gated model), or copy the file to {path}") from None
+                raise UserError(f"cannot download {url} ({error!r}); try again, with HF_TOKEN for "
+                                f"a gated model, or copy the file to {path}") from None
     return path
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -685,9 +670,8 @@ class Linear(nn.Module):
 
 @contextlib.contextmanager
 def packed_weights(*modules):
-    """Context manager: prepack the fp32 weights of all Linear layers on an x86 CPU.
-    For the few rows of a decoding step, rearranging the weights takes longer than the product, so
-    do it once for many steps. Do not change the weights inside."""
+    """Context manager: on an x86 CPU, rearrange fp32 weights once, not in every product. For the
+    few rows of a decoding step that takes longer than the product. Do not change them inside."""
     x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     layers = [x for module in modules for x in module.modules() if isinstance(x, Linear)
               and x86 and torch.backends.mkldnn.is_available() and x.weight.is_cpu
