@@ -1,9 +1,9 @@
 """T5 by hand: the model, generation, Hugging Face files and the tokenizer.
 
-It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (gated GELU: Shazeer, 2020, arXiv
-2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests compare logits, gradients
-and generated tokens with `transformers.T5ForConditionalGeneration`. A first reader can stop at
-"files and downloads"; what follows is engineering, such as two faster layers for a CPU.
+It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (Shazeer, 2020, arXiv 2002.05202)
+and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests compare logits, gradients and tokens
+with `transformers`. A first reader can stop at "files and downloads"; what follows is engineering.
+Linear and Dropout are PyTorch's, only faster on a CPU: see "two faster layers".
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.
@@ -420,7 +420,7 @@ def names_file(path, what, remedy="download it again"):
         yield
     except Exception as error:  # torch.load raises many kinds, none of them documented
         if Path(path).is_file() and open(path, "rb").read(23) == b"version https://git-lfs":
-            raise UserError(f"{path}: only a git-lfs pointer; run `git lfs pull` there") from None
+            raise UserError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull`") from None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
         raise UserError(f"{path}: not {what} ({reason}); {remedy}") from None
 
@@ -453,8 +453,9 @@ def read_weights(name_or_dir):
             for key in ("state_dict", "model_state_dict", "model"):
                 stored = stored.get(key, stored)  # the weights in a training script's checkpoint
             for name, tensor in stored.items():
-                name = re.sub(r"\b(_orig_mod|module|model)\.", "", name)  # of wrapped models
-                weights[re.sub(r"^(en|de)coder\.embed_tokens", "shared", name)] = tensor  # copies
+                # torch.compile, DDP and Lightning put prefixes before names; embed_tokens is a copy.
+                name = re.sub(r"\b(_orig_mod|module|model)\.", "", name)
+                weights[re.sub(r"^(en|de)coder\.embed_tokens", "shared", name)] = tensor
     return weights
 
 def read_safetensors(path):
@@ -559,7 +560,7 @@ def download(url, path, sha256=None, size=None, token=""):
                 show_progress("")
                 if file.tell() < total or (size and file.tell() > size):
                     raise OSError(f"{file.tell():,} of {total:,} bytes were received")
-            if sha256 and hashlib.sha256(np.memmap(part)).hexdigest() != sha256:
+            if sha256 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha256:
                 part.unlink()
                 raise OSError(f"its SHA-256 is not {sha256}")
             return part.replace(path)
@@ -606,10 +607,10 @@ class Tokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             if [self.model.pad_id(), self.model.eos_id(), self.model.unk_id()] != [PAD, EOS, UNK]:
                 raise ValueError("<pad>, </s> and <unk> are not 0, 1 and 2")
-        self.pieces = [self.model.id_to_piece(i) for i in range(len(self.model))]
-        # The ids of T5's sentinels, which mark gaps, follow its 32,000 pieces, the last one first.
-        sentinels = range(100) if len(self.pieces) == 32000 else []
-        self.sentinels = {f"<extra_id_{n}>": 32099 - n for n in sentinels}
+        size = len(self.model)
+        self.pieces = [self.model.id_to_piece(i) for i in range(size)]
+        # T5's sentinels, which mark gaps, have the ids after its 32,000 pieces, the last one first.
+        self.sentinels = {f"<extra_id_{n}>": 32099 - n for n in range(100) if size == 32000}
         added = self.path.with_name("added_tokens.json")
         if added.exists():
             with names_file(added, "a table of T5's sentinels", "use a model without added tokens"):
@@ -657,11 +658,10 @@ def pad_sequences(sequences, device="cpu"):
 class Linear(nn.Module):
     """x W^T, without a bias; W has no values before init_weights or loading."""
 
-    packed = None  # the weights as a faster product without gradients wants them
-
     def __init__(self, inputs, outputs):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.packed = None  # the weights as packed_weights() rearranges them
 
     def forward(self, x):
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or self.packed is None:
