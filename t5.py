@@ -1,10 +1,9 @@
 """T5 by hand: the model, generation, Hugging Face files and the tokenizer.
 
-It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (gated GELU: Shazeer, 2020, arXiv
-2002.05202) and FlanT5 (Chung et al., 2022, arXiv 2210.11416), and must agree with
-`transformers.T5ForConditionalGeneration`: the tests compare logits, gradients and generated tokens.
-A first reader can stop at "files and downloads"; what follows is engineering. Linear and Dropout
-are PyTorch's, only faster on a CPU: see "two faster layers".
+It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (Shazeer, 2020, arXiv 2002.05202)
+and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests compare logits, gradients and tokens
+with `transformers`. A first reader can stop at "files and downloads"; what follows is engineering.
+Linear and Dropout are PyTorch's, only faster on a CPU: see "two faster layers".
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.
@@ -16,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -27,11 +25,11 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# Let OpenMP's threads sleep after a short spin: on a busy machine, spinning makes them many times
-# slower. The setting counts only if it is made before torch is imported.
+# Idle OpenMP threads should sleep: spinning slows a busy machine. Torch reads this when imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
@@ -45,10 +43,11 @@ class UserError(Exception):
 
 # --- configuration ---
 
+ACTIVATIONS = {"relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_new": nn.GELU("tanh")}
+
 @dataclass
 class T5Config:
     """The shape of a model, in the names of config.json. The defaults are t5-small's.
-
     T5 1.0 ties the output head to the embedding, whose standard deviation is 1, and so scales the
     decoder's output by d_model**-0.5 before it. T5 1.1 and FlanT5 do neither."""
 
@@ -64,14 +63,19 @@ class T5Config:
     dropout_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "relu"  # or "gated-gelu"
+    dense_act_fn: str = None  # default: the activation that feed_forward_proj names
     tie_word_embeddings: bool = True
     scale_decoder_outputs: bool = None  # default: tie_word_embeddings
 
     def __post_init__(self):
-        if self.num_decoder_layers is None:
-            self.num_decoder_layers = self.num_layers
-        if self.scale_decoder_outputs is None:
-            self.scale_decoder_outputs = self.tie_word_embeddings
+        defaults = {"num_decoder_layers": self.num_layers,
+                    "dense_act_fn": self.feed_forward_proj.replace("gated-gelu", "gelu_new"),
+                    "scale_decoder_outputs": self.tie_word_embeddings}
+        for name, kind in T5Config.__annotations__.items():
+            value = defaults.get(name) if getattr(self, name) is None else getattr(self, name)
+            if type(value) not in (kind, int) or kind != str and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}")
+            setattr(self, name, value)
 
 # --- blocks ---
 
@@ -81,16 +85,14 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gated = config.feed_forward_proj == "gated-gelu"
+        self.act = ACTIVATIONS[config.dense_act_fn]
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
             self.add_module(name, Linear(config.d_model, config.d_ff))
         self.wo = Linear(config.d_ff, config.d_model)
         self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x):
-        if self.gated:
-            x = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        else:
-            x = F.relu(self.wi(x))
+        x = self.act(self.wi_0(x)) * self.wi_1(x) if self.gated else self.act(self.wi(x))
         return self.wo(self.dropout(x))
 
 class Attention(nn.Module):
@@ -136,7 +138,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Self-attention, cross-attention (decoder only), feed-forward: x + dropout(f(norm(x))).
-
     T5's layer norm is x / rms(x) * weight, without a mean and without a bias."""
 
     def __init__(self, config, is_decoder):
@@ -175,17 +176,11 @@ class Stack(nn.Module):
 
     def position_bias(self, query_position, key_position):
         """Return the bias (1, H, n, m) for positions (n,) and (m,): one learned scalar per head and
-        bucket of distances.
-
-        Of the decoder's 32 buckets, 16 are for the distances 0 to 15, the others for ranges of
-        growing width: 16 to 18, .., 99 to 112, from 113 on. The encoder looks both ways, so it has
-        16 buckets to the left and 16 to the right."""
+        bucket of distances. The decoder has 16 buckets for the distances 0 to 15 and 16 for ranges
+        of growing width: 16 to 18, .., from 113 on. The encoder has 16 buckets to either side."""
         distance = key_position[None, :] - query_position[:, None]  # (n, m)
-        buckets = self.relative_bias.num_embeddings
-        first = 0  # of the buckets for the key's side
-        if not self.is_decoder:
-            buckets //= 2
-            first = (distance > 0).long() * buckets
+        buckets = self.relative_bias.num_embeddings // (1 if self.is_decoder else 2)
+        first = 0 if self.is_decoder else (distance > 0).long() * buckets  # on the key's side
         distance = (distance.clamp(max=0) if self.is_decoder else distance).abs()
         exact = buckets // 2
         ratio = distance.clamp(min=1) / exact  # no log of 0
@@ -208,10 +203,7 @@ class Stack(nn.Module):
 
 def make_attention_bias(mask, bias):
     """Merge a boolean mask and a position bias into one bias, in the dtype attention will use.
-
-    Masked positions get a large negative number that fp16 can hold, not -inf, so that a fully
-    padded row does not become NaN.
-    """
+    Masked positions get -3e4, which fp16 can hold: with -inf, a row of padding would become NaN."""
     return bias.to(attention_dtype(bias)).masked_fill(~mask, -3e4)
 
 def attention_dtype(weight):
@@ -243,7 +235,6 @@ class T5(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Draw T5's random weights: embeddings with standard deviation 1, matrices fan_in**-0.5.
-
         W_q gets a further d_kv**-0.5, which replaces the usual scaling of the attention logits. An
         untied head is treated like any other matrix, so the first loss is near log V + 1/2."""
         for name, weight in self.named_parameters():
@@ -274,7 +265,6 @@ class T5(nn.Module):
 
     # --- generation ---
 
-    @torch.no_grad()
     def generate(self, input_ids, attention_mask=None, max_new_tokens=256, temperature=0.0, top_k=0,
                  num_samples=1, generator=None, logits_processor=None):
         """Decode greedily (temperature 0) or sample, one token at a time, without dropout.
@@ -286,25 +276,26 @@ class T5(nn.Module):
         with the unfinished rows in any order.
         Return (B * num_samples, <= max_new_tokens) ids without the start token, padded with 0 after
         </s>; samples of the same prompt are adjacent."""
-        was_training = self.training
-        self.eval()
         attention_mask = input_ids != PAD if attention_mask is None else attention_mask
-        # Encode the source once: its keys and values for every decoder block.
-        memory_kv, memory_bias = self.encode_source(input_ids, attention_mask)
-        if num_samples > 1:
-            memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
-            memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)  # (B, 1, 1, S)
-        L, _, B, H, _, K = memory_kv.shape
-        kv_cache = memory_kv.new_empty(L, 2, B, H, max_new_tokens, K)
-        # The bias depends only on the distance between query and key, so the row of the last
-        # position, cut from the left, serves every step.
-        position = torch.arange(max_new_tokens, device=memory_kv.device)
-        bias = self.decoder.position_bias(position[-1:], position).to(memory_kv.dtype)
-
+        B = len(input_ids) * num_samples
         output = input_ids.new_full((B, max_new_tokens), PAD)
         rows = torch.arange(B, device=output.device)  # the output row of each batch element
         token = output.new_full((B,), PAD)
-        with torch.inference_mode():  # faster than no_grad, but autograd refuses what it creates
+        # Inference mode is faster than no_grad, but autograd refuses what is created in it.
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            stack.callback(self.train, self.training)  # restores the mode, also after an error
+            self.eval()
+            # Encode the source once: its keys and values for every decoder block.
+            memory_kv, memory_bias = self.encode_source(input_ids, attention_mask)
+            if num_samples > 1:
+                memory_kv = memory_kv.repeat_interleave(num_samples, dim=2)  # (L, 2, B, H, S, K)
+                memory_bias = memory_bias.repeat_interleave(num_samples, dim=0)  # (B, 1, 1, S)
+            L, _, _, H, _, K = memory_kv.shape
+            kv_cache = memory_kv.new_empty(L, 2, B, H, max_new_tokens, K)
+            # The bias depends only on the distance between query and key, so the row of the last
+            # position, cut from the left, serves every step.
+            position = torch.arange(max_new_tokens, device=memory_kv.device)
+            bias = self.decoder.position_bias(position[-1:], position).to(memory_kv.dtype)
             for t in range(max_new_tokens):
                 x = self.shared(token[:, None])  # (B, 1, D)
                 step_bias = bias[..., max_new_tokens - 1 - t :]  # (1, H, 1, t + 1)
@@ -323,7 +314,6 @@ class T5(nn.Module):
                 if finished.any():
                     rows, token, memory_bias, memory_kv, kv_cache = drop_finished(
                         finished, rows, token, memory_bias, memory_kv, kv_cache)
-        self.train(was_training)
         return output
 
     def encode_source(self, input_ids, attention_mask):
@@ -357,8 +347,6 @@ class T5(nn.Module):
         kv = 2 * c.num_decoder_layers * c.num_heads * c.d_kv * (S + T) * size
         return encoder, kv + 4 * c.vocab_size * size
 
-    # --- loading and saving ---
-
     def hf_tensors(self, of=lambda parameter: parameter.data):
         """Return {name in Hugging Face files: tensor}; pass of=lambda p: p.grad for gradients."""
         return {hf_name(name): of(parameter) for name, parameter in self.named_parameters()}
@@ -366,17 +354,10 @@ class T5(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir, device="cpu", dtype=torch.float32, dropout_rate=None):
         """Load a folder in Hugging Face format, or a name on the hub, in eval mode.
-
-        dropout_rate overrides config.json's, and is saved with the model. On the CPU, safetensors
-        that need no conversion are memory-mapped, so do not change the file in place while in use.
-        Raises UserError naming the file or folder, and what is wrong with it."""
+        dropout_rate replaces config.json's, also in what is saved. On the CPU, safetensors that
+        need no conversion are memory-mapped: do not change the file. Raises UserError naming it."""
         config, stored = read_config(name_or_dir), read_weights(name_or_dir)
         config.dropout_rate = config.dropout_rate if dropout_rate is None else dropout_rate
-        # Some files hold copies of the embedding, and a bias that no T5 uses.
-        stored.pop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight", None)
-        for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
-            if copy in stored:
-                stored.setdefault("shared.weight", stored.pop(copy))
         if config.tie_word_embeddings and "shared.weight" in stored:
             stored.setdefault("lm_head.weight", stored["shared.weight"])
         with names_file(name_or_dir, "a T5 whose weights fit config.json"):
@@ -385,7 +366,8 @@ class T5(nn.Module):
             with torch.device("meta"):  # no memory and no time for random weights
                 model = cls(config)
             ours = {hf_name(name): name for name in model.state_dict()}
-            state = {ours.get(name, name): tensor for name, tensor in stored.items()}
+            state = {ours.get(name, name): tensor for name, tensor in stored.items()
+                     if "EncDecAttention.relative_attention_bias" not in name}  # no T5 uses it
             model.load_state_dict(state, assign=True)
         # transformers 4 and 5 read tie_word_embeddings differently, so let the weights decide.
         config.tie_word_embeddings = torch.equal(model.lm_head.weight, model.shared.weight)
@@ -395,7 +377,6 @@ class T5(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, each atomically; `transformers` loads them.
-
         For transformers 4, tie_word_embeddings means that the decoder's output is scaled, too. This
         is what is written here, and a head that is not scaled is stored even if it is tied."""
         folder, tensors, scaled = Path(folder), self.hf_tensors(), self.config.scale_decoder_outputs
@@ -404,8 +385,7 @@ class T5(nn.Module):
             tensors["lm_head.weight"] = self.lm_head.weight.data
         config = asdict(self.config) | FIXED | {"tie_word_embeddings": scaled}
         config |= {"is_encoder_decoder": True, "architectures": ["T5ForConditionalGeneration"]}
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (folder / "config.json.tmp").write_text(text)
+        (folder / "config.json.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_safetensors(tensors, folder / "model.safetensors.tmp")
         for name in ("config.json", "model.safetensors"):
             os.replace(folder / f"{name}.tmp", folder / name)
@@ -414,16 +394,16 @@ def sample_token(logits, temperature, top_k, generator):
     """Choose the next token (B,) from logits (B, V): the most probable one, or a sample."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    vocab_size = logits.shape[-1]
-    values, ids = logits.float().topk(min(top_k or vocab_size, vocab_size))
+    values, ids = logits.float().topk(min(top_k or logits.shape[-1], logits.shape[-1]))
+    if not values[:, 0].isfinite().all():  # topk takes NaN for the largest number
+        raise UserError("the model's logits are not finite; try --dtype float32 or another model")
     probs = (values / temperature).softmax(dim=-1)
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
     """Compact a batch of generate(): return its five tensors without the finished elements (B,).
-
-    Unfinished elements from the end of the batch are copied over finished ones at its beginning: of
-    [a, -, c, -, e] e fills the first gap, and [a, e, c] remains. This copies little."""
+    Elements from the end are copied over finished ones at the beginning: of [a, -, c, -, e] e fills
+    the first gap, and [a, e, c] remains. This copies little."""
     n = len(finished) - int(finished.sum())
     slots = finished[:n].nonzero()[:, 0]
     movers = n + (~finished[n:]).nonzero()[:, 0]
@@ -442,9 +422,7 @@ HF_NAMES = {
     "blocks": "block", "final_norm": "final_layer_norm",
     "self_norm": "layer.0.layer_norm", "self_attention": "layer.0.SelfAttention",
     "cross_norm": "layer.1.layer_norm", "cross_attention": "layer.1.EncDecAttention",
-    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias",
-}
-ACTIVATIONS = {"relu": "relu", "gated-gelu": "gelu_new"}  # feed_forward_proj: dense_act_fn
+    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias"}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def hf_name(name):
@@ -454,15 +432,15 @@ def hf_name(name):
     return ".".join(names.get(part, part) for part in name.split("."))
 
 @contextlib.contextmanager
-def names_file(path, what):
+def names_file(path, what, remedy="download it again"):
     """Context manager: turn any error into a UserError that says what the file is not, and why."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # torch.load raises many kinds, none of them documented
+        if Path(path).is_file() and open(path, "rb").read(23) == b"version https://git-lfs":
+            raise UserError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull`") from None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
-        raise UserError(f"{path}: not {what} ({reason}); download it again") from None
+        raise UserError(f"{path}: not {what} ({reason}); {remedy}") from None
 
 def read_config(name_or_dir):
     """Read a model's config.json; ignore keys that T5Config lacks."""
@@ -470,8 +448,7 @@ def read_config(name_or_dir):
     with names_file(path, "the config of a T5"):
         stored = json.loads(path.read_text(encoding="utf-8"))
         config = T5Config(**{k: v for k, v in stored.items() if k in T5Config.__annotations__})
-        required = FIXED | {"dense_act_fn": ACTIVATIONS[config.feed_forward_proj]}
-        for name, value in required.items():
+        for name, value in FIXED.items():
             if stored.get(name, value) != value:
                 raise ValueError(f"{name} is {stored[name]!r}, not {value!r}")
         return config
@@ -482,102 +459,98 @@ def read_weights(name_or_dir):
     path = model_file(name_or_dir, *[stem + end for stem in stems for end in ("", ".index.json")])
     read = read_safetensors if path.name.startswith(stems[0]) else functools.partial(
         torch.load, map_location="cpu", weights_only=True)  # it refuses a pickle that runs code
-    paths = [path]
+    shards = [path.name]
     if path.suffix == ".json":
         with names_file(path, "a complete index of shards"):
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            paths = [model_file(name_or_dir, Path(shard).name) for shard in sorted(shards)]
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = sorted({Path(shard).name for shard in shards})
     weights = {}
-    for path in paths:
+    for path in [model_file(name_or_dir, shard) for shard in shards]:
         with names_file(path, "a complete file of weights"):
-            weights |= read(path)
+            stored = read(path)
+            for key in ("state_dict", "model_state_dict", "model"):
+                stored = stored.get(key, stored)  # the weights in a training script's checkpoint
+            for name, tensor in stored.items():
+                # torch.compile, DDP and Lightning put prefixes before names; embed_tokens is a copy.
+                name = re.sub(r"\b(_orig_mod|module|model)\.", "", name)
+                weights[re.sub(r"^(en|de)coder\.embed_tokens", "shared", name)] = tensor
     return weights
 
-def map_file(path):
-    """Map a file into memory as a tensor of bytes; pages are read when they are used."""
-    return torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
-
 def read_safetensors(path):
-    """Map one safetensors file into memory: {name: tensor}.
-
+    """Map a safetensors file into memory: {name: tensor}. Pages are read when they are used.
     The format: 8 bytes with the length of the header, a JSON header, the bytes of the tensors."""
-    data = map_file(path)
-    first = 8 + int.from_bytes(data[:8].numpy().tobytes(), "little")
-    header = json.loads(data[8:first].numpy().tobytes())
+    data = np.memmap(path, mode="c")  # a change stays in memory
+    first = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:first].tobytes())
     header.pop("__metadata__", None)
-    tensors, last = {}, 0
+    tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = entry["data_offsets"]
         dtype = DTYPES[entry["dtype"]]
-        if start != last or end - start != math.prod(entry["shape"]) * dtype.itemsize:
-            raise ValueError(f"{name} has the wrong offsets {start}, {end}")
-        last = end
-        part = data[first + start : first + end]
+        start, end = end, end + math.prod(entry["shape"]) * dtype.itemsize
+        if entry["data_offsets"] != [start, end]:
+            raise ValueError(f"{name} is not at {start} to {end}")
+        part = torch.from_numpy(data[first + start : first + end])
         if (first + start) % dtype.itemsize:  # a view must start at a multiple of its item size
             part = part.clone()
-        # Without .data, autograd would take a change of one tensor for a change of all.
-        tensors[name] = part.view(dtype).view(entry["shape"]).data
+        tensors[name] = part.view(dtype).view(entry["shape"])
     return tensors
 
 def write_safetensors(tensors, path):
     """Write {name: tensor} as one safetensors file."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in names:
-            raise UserError(f"{path}: {name} is in {tensor.dtype}; save it in fp32, fp16 or bf16")
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [start, end]}
+    for name, x in tensors.items():
+        if x.dtype not in names:
+            raise UserError(f"{path}: {name} is in {x.dtype}; save it in fp32, fp16 or bf16")
+        start, end = end, end + x.nbytes
+        header[name] = {"dtype": names[x.dtype], "shape": x.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-
-# --- downloads ---
-
-DOWNLOAD_ERRORS = OSError, http.client.HTTPException, ValueError, LookupError, TypeError
+        for x in tensors.values():
+            file.write(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 def model_file(name_or_dir, *names):
     """Return the path of the first of these files that a model has, downloading it if necessary."""
-    folder = Path(name_or_dir)
-    if not folder.is_dir():
-        folder = hub_folder(str(name_or_dir), names)
+    is_dir = Path(name_or_dir).is_dir()
+    folder = Path(name_or_dir) if is_dir else hub_folder(str(name_or_dir), names)
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; copy one there")
+    remedy = "copy one there"
+    if "spiece.model" in names:  # transformers 5 does not save it
+        remedy = "copy the base model's there, such as google/flan-t5-base's"
+    elif (folder / "adapter_config.json").exists():
+        remedy = "merge this PEFT adapter first: merge_and_unload(), then save_pretrained()"
+    raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; {remedy}")
 
 def hub_folder(model, names):
     """Return a hub model's folder in the Hugging Face cache, with the first of these files it has.
-
-    The layout is huggingface_hub's, so that each finds the other's files. HF_HOME, HF_HUB_CACHE,
-    HF_ENDPOINT, HF_TOKEN (or the token of `hf auth login`) and HF_HUB_OFFLINE work as there."""
+    Its layout, the variables such as HF_HOME and the token are those of huggingface_hub."""
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise UserError(f"{model}: no such folder; give a folder or the name of a hub model")
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    get = os.environ.get
+    home = Path(get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    hub = Path(get("HF_HUB_CACHE") or get("HUGGINGFACE_HUB_CACHE") or home / "hub").expanduser()
     cache = hub / f"models--{model.replace('/', '--')}"
     main = cache / "refs" / "main"  # holds the commit of the cached snapshot
     commit = main.read_text().strip() if main.exists() else "main"
     folder = cache / "snapshots" / commit
     if any((folder / name).exists() for name in names):
         return folder
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{folder}: no {names[0]}; unset HF_HUB_OFFLINE to download it")
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    offline = get("HF_HUB_OFFLINE") or get("TRANSFORMERS_OFFLINE") or ""
+    if offline.upper() in ("1", "TRUE", "YES", "ON"):
+        raise UserError(f"{folder}: no {names[0]}; unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE")
+    endpoint = (get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     login = (home / "token").read_text() if (home / "token").exists() else ""
-    token = os.environ.get("HF_TOKEN") or login
+    token = re.sub("[^!-~]", "", get("HF_TOKEN") or login)  # what a header cannot hold
     listing = f"{endpoint}/api/models/{model}/revision/{commit}?blobs=true"
-    try:
+    with names_file(listing, "a list of files", "for a gated model set HF_TOKEN; without a network "
+                    f"copy the model's files to {folder}"):
         repository = json.loads(open_url(listing, token).read())
         files = {entry["rfilename"]: entry for entry in repository["siblings"]}
         folder = cache / "snapshots" / Path(repository["sha"]).name
-    except DOWNLOAD_ERRORS as error:
-        raise UserError(f"cannot read {listing} ({describe(error)}); without a network, copy the "
-                        f"model's files to {folder}") from None
     for name in [name for name in names if name in files][:1]:
         sha256 = (files[name].get("lfs") or {}).get("sha256")
         url = f"{endpoint}/{model}/resolve/{folder.name}/{name}"
@@ -588,21 +561,16 @@ def hub_folder(model, names):
 
 def download(url, path, sha256=None, size=None, token=""):
     """Download a URL to path, unless the file exists, and return path. Raises UserError.
-
-    The file is written as PATH.part, checked, and renamed; an interrupted download resumes."""
+    It is written as PATH.part, checked, and renamed; status 206 continues an interrupted file."""
     part = path.with_name(path.name + ".part")
     for attempt in range(0 if path.exists() else 4):
         time.sleep(attempt)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            have = part.stat().st_size if part.exists() else 0
-            headers = {"Range": f"bytes={have}-"} if have else {}
-            with open_url(url, token, headers) as response, open(part, "ab") as file:
-                if response.headers.get_content_type() == "text/html":
-                    raise OSError("a web page was received in place of the file")
-                if response.status != 206:  # the complete file, not the rest of it
-                    file.seek(0)
-                    file.truncate()
+            response = open_url(url, token, start=part.stat().st_size if part.exists() else 0)
+            if response.headers.get_content_type() == "text/html":
+                raise OSError("a web page was received in place of the file")
+            with response, open(part, "ab" if response.status == 206 else "wb") as file:
                 total = size or file.tell() + int(response.headers.get("Content-Length") or 0)
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
@@ -610,42 +578,34 @@ def download(url, path, sha256=None, size=None, token=""):
                 show_progress("")
                 if file.tell() < total or (size and file.tell() > size):
                     raise OSError(f"{file.tell():,} of {total:,} bytes were received")
-            if sha256 and hashlib.sha256(map_file(part).numpy()).hexdigest() != sha256:
+            if sha256 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha256:
                 part.unlink()
                 raise OSError(f"its SHA-256 is not {sha256}")
-            os.replace(part, path)
-            break
-        except DOWNLOAD_ERRORS as error:
+            return part.replace(path)
+        except Exception as error:
             code = getattr(error, "code", None)
             if code == 416:  # the partial file is not the beginning of this one
                 part.unlink(missing_ok=True)
             if attempt == 3 or code in (401, 403, 404):
-                raise UserError(f"cannot download {url} ({describe(error)}); try again, or copy "
-                                f"the file to {path}") from None
+                raise UserError(f"cannot download {url} ({error!r}); try again, with HF_TOKEN for "
+                                f"a gated model, or copy the file to {path}") from None
     return path
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects; the token stays with the request on the same host only."""
+    """Follow redirects; on the same host, such as to a renamed model, the token comes along."""
 
-    def redirect_request(self, request, response, code, message, headers, url):
-        new = super().redirect_request(request, response, code, message, headers, url)
-        same_host = (new.type, new.host) == (request.type, request.host)
-        if same_host and "Authorization" in request.unredirected_hdrs:
-            new.add_unredirected_header("Authorization", request.get_header("Authorization"))
+    def redirect_request(self, request, *arguments):
+        new = super().redirect_request(request, *arguments)
+        if (new.type, new.host) == (request.type, request.host):
+            new.unredirected_hdrs = request.unredirected_hdrs
         return new
 
-def open_url(url, token="", headers={}):
-    """Open a URL; the token goes to its own host only."""
-    request = urllib.request.Request(url, headers=headers)
-    if token.strip():
-        request.add_unredirected_header("Authorization", f"Bearer {token.strip()}")
+def open_url(url, token="", start=0):
+    """Open a URL from byte `start` on; the token goes to its own host only."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     return urllib.request.build_opener(Redirects).open(request, timeout=30)
-
-def describe(error):
-    """Describe a failed request, without the token that the text of a ValueError may contain."""
-    hint = "; for a gated model set HF_TOKEN" if getattr(error, "code", 0) in (401, 403) else ""
-    text = " ".join(str(error).split())
-    return text + hint if isinstance(error, OSError) else type(error).__name__
 
 def show_progress(text):
     """Rewrite the progress line; do nothing unless stderr is a terminal."""
@@ -656,7 +616,6 @@ def show_progress(text):
 
 class Tokenizer:
     """T5's SentencePiece vocabulary: a spiece.model, a folder that holds one, or a hub name.
-
     pieces: the string of each id; "\u2581" (not the underscore) marks the start of a word."""
 
     def __init__(self, name_or_path):
@@ -666,11 +625,26 @@ class Tokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             if [self.model.pad_id(), self.model.eos_id(), self.model.unk_id()] != [PAD, EOS, UNK]:
                 raise ValueError("<pad>, </s> and <unk> are not 0, 1 and 2")
-        self.pieces = [self.model.id_to_piece(i) for i in range(len(self.model))]
+        size = len(self.model)
+        self.pieces = [self.model.id_to_piece(i) for i in range(size)]
+        # T5's sentinels, which mark gaps, have the ids after its 32,000 pieces, the last one first.
+        self.sentinels = {f"<extra_id_{n}>": 32099 - n for n in range(100) if size == 32000}
+        added = self.path.with_name("added_tokens.json")
+        if added.exists():
+            with names_file(added, "a table of T5's sentinels", "use a model without added tokens"):
+                if others := json.loads(added.read_text()).items() - self.sentinels.items():
+                    raise ValueError(f"it adds {dict(others)}")
 
     def split(self, text, kind=str):
-        """Return a text's pieces, without </s>. Half a surrogate pair, as JSON can hold, is "?"."""
-        return self.model.encode(text.encode("utf-8", "replace").decode(), out_type=kind)
+        """Return a text's pieces, without </s>. Half a surrogate pair, as JSON can hold, is "?".
+        As in transformers 5, T5's sentinels are pieces, and the parts between them are separate."""
+        text, pieces = text.encode("utf-8", "replace").decode(), []
+        for part in re.split("(<extra_id_[1-9]?[0-9]>)", text) if self.sentinels else [text]:
+            if part in self.sentinels:
+                pieces.append(part if kind is str else self.sentinels[part])
+            else:
+                pieces += self.model.encode(part, out_type=kind)
+        return pieces
 
     def encode(self, text):
         """Return the ids of a text, ending in </s>."""
@@ -699,41 +673,34 @@ def pad_sequences(sequences, device="cpu"):
 
 # --- two faster layers for a CPU ---
 
-class Linear(nn.Linear):
-    """x W^T without a bias; W has no values before init_weights or loading."""
-
-    packed_product = None  # a faster function of x, without gradients, set by packed_weights()
+class Linear(nn.Module):
+    """x W^T, without a bias; W has no values before init_weights or loading."""
 
     def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
-
-    def reset_parameters(self):
-        pass
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.packed = None  # the weights as packed_weights() rearranges them
 
     def forward(self, x):
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not self.packed_product:
-            return super().forward(x)
-        return self.packed_product(x)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or self.packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
 
 @contextlib.contextmanager
 def packed_weights(*modules):
-    """Context manager: prepack the fp32 weights of all Linear layers on an x86 CPU.
-
-    A matrix product first rearranges the weights. For the few rows of a decoding step that takes
-    longer than the product, so do it once for many steps. Do not change the weights inside."""
+    """Context manager: on an x86 CPU, rearrange fp32 weights once, not in every product. For the
+    few rows of a decoding step that takes longer than the product. Do not change them inside."""
     x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     layers = [x for module in modules for x in module.modules() if isinstance(x, Linear)
               and x86 and torch.backends.mkldnn.is_available() and x.weight.is_cpu
               and x.weight.dtype == torch.float32]
     for layer in layers:
-        w = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        multiply = torch.ops.mkldnn._linear_pointwise.default
-        layer.packed_product = lambda x, w=w: multiply(x, w, None, "none", [], "")
+        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
     try:
         yield
     finally:
         for layer in layers:
-            layer.packed_product = None
+            layer.packed = None
 
 class Dropout(nn.Dropout):
     """PyTorch's dropout; on a CPU twice as fast, with 16 random bits per element, not a double."""
@@ -774,13 +741,11 @@ def is_out_of_memory(error):
 
 def in_range(kind, above=None, below=math.inf):
     """Return an argparse type: a number of at least 0, or above `above`, and below `below`."""
-
     def number(text):  # argparse prints this name: "invalid number value"
         value = kind(text)
-        if not 0 <= value < below or (above is not None and value <= above):
-            raise ValueError
-        return value
-
+        if 0 <= value < below and (above is None or value > above):
+            return value
+        raise ValueError
     return number
 
 def run_command(main):
@@ -795,8 +760,8 @@ def run_command(main):
     except BrokenPipeError:  # for example `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # for example a full disk
-        name = error.filename or "writing a file"
-        sys.exit(f"error: {name}: {error.strerror or error}; fix this and run it again")
+        name, cause = error.filename or "writing a file", error.strerror or error
+        sys.exit(f"error: {name}: {cause}; fix this and run it again")
 
 def main():
     """Generate from one text: python t5.py MODEL "text"."""
@@ -805,8 +770,7 @@ def main():
     add = parser.add_argument
     add("model", help="folder or hub name such as google/flan-t5-small")
     add("text", help="input, such as 'Q: What is 2 + 3? A:'")
-    devices = sorted({"cpu", best_device()})
-    add("--device", choices=devices, default=best_device(), help="where to run")
+    add("--device", choices=sorted({"cpu", best_device()}), default=best_device(), help="device")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
     add("--max-new-tokens", type=in_range(int, above=0), default=256, help="longest output")
     add("--temperature", type=in_range(float), default=0.0, help="0 decodes greedily")
@@ -815,8 +779,8 @@ def main():
     dtype = getattr(torch, args.dtype)
     model, tokenizer = load_pretrained(args.model, device=args.device, dtype=dtype)
     input_ids = pad_sequences([tokenizer.encode(args.text)], args.device)
-    options = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature)
-    for ids in model.generate(input_ids, num_samples=args.num_samples, **options):
+    for ids in model.generate(input_ids, None, args.max_new_tokens, args.temperature,
+                              num_samples=args.num_samples):
         print(tokenizer.decode(ids))
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import t5
 from conftest import ROOT, TOY, damage, half, random_text
-from t5 import EOS, PAD, T5, Dropout, Linear, T5Config, Tokenizer, UserError
+from t5 import EOS, PAD, T5, UNK, Dropout, Linear, T5Config, Tokenizer, UserError
 from t5 import download, packed_weights, pad_sequences
 
 FAMILIES = {"T5 1.0": ("relu", True), "T5 1.1 and FlanT5": ("gated-gelu", False),
@@ -134,6 +134,25 @@ def test_every_kind_of_file_is_read_in_every_dtype(reference, tmp_path, kind, dt
         assert model.shared.weight.dtype == wanted and not model.training
         assert all(torch.equal(found, expected[name]) for name, found in model.state_dict().items())
 
+@pytest.mark.parametrize("settings", [
+    {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "is_gated_act": True},
+    {"feed_forward_proj": "gated-gelu"}, {"feed_forward_proj": "gelu"}])
+def test_the_activation_is_the_one_that_transformers_uses(transformers, tmp_path, settings):
+    """The first settings are those of FlanT5's first upload."""
+    ours = small(feed_forward_proj=settings["feed_forward_proj"])
+    for name, parameter in ours.named_parameters():
+        if ".ff.w" in name:
+            parameter.data *= 3  # the two kinds of GELU differ by up to 5e-4
+    ours.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["dense_act_fn"], stored["feed_forward_proj"]
+    damage(tmp_path / "config.json", json.dumps(stored | settings))
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ours = T5.from_pretrained(tmp_path)
+    assert relative_error(ours(*inputs()), their_logits(theirs)) < 1e-5
+    ours.save_pretrained(tmp_path)
+    assert torch.equal(T5.from_pretrained(tmp_path)(*inputs()), ours(*inputs()))
+
 def test_random_weights_have_the_spread_of_transformers(transformers):
     torch.manual_seed(0)
     options = SHAPE | dict(d_model=256, d_kv=64, d_ff=512, feed_forward_proj="gated-gelu")
@@ -173,6 +192,28 @@ def test_mapped_weights_are_independent_of_the_file_and_of_each_other(tmp_path):
 def test_a_dtype_that_no_checkpoint_has_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="torch.float64"):
         small().double().save_pretrained(tmp_path)
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model"])
+def test_the_weights_of_wrapped_models_are_found(tmp_path, prefix, wrapper):
+    model = small()
+    model.save_pretrained(tmp_path)
+    tensors = {prefix + name: tensor for name, tensor in model.hf_tensors().items()}
+    if wrapper is None:
+        t5.write_safetensors(tensors, tmp_path / "model.safetensors")
+        assert torch.equal(T5.from_pretrained(tmp_path)(*inputs()), model(*inputs()))
+    (tmp_path / "model.safetensors").unlink()
+    checkpoint = {wrapper: tensors, "step": 3} if wrapper else tensors
+    torch.save(checkpoint, tmp_path / "pytorch_model.bin")
+    assert torch.equal(T5.from_pretrained(tmp_path)(*inputs()), model(*inputs()))
+
+def test_the_weights_of_a_model_with_compiled_blocks_are_found(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path)
+    tensors = {re.sub(r"(block\.\d+)", r"\1._orig_mod", name): tensor
+               for name, tensor in model.hf_tensors().items()}
+    t5.write_safetensors(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(T5.from_pretrained(tmp_path)(*inputs()), model(*inputs()))
 
 # --- generation ---
 
@@ -226,6 +267,36 @@ def test_generation_ignores_dropout_and_leaves_a_model_that_can_be_trained_on_th
     assert torch.equal(ids, model.generate(prompt, max_new_tokens=8)) and model.training
     model(prompt, prompt != PAD, ids).sum().backward()
     assert model.shared.weight.grad.abs().sum() > 0
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_sample_from_logits_that_are_not_finite_is_refused(value, top_k):
+    model, prompts = small().train(), torch.randint(2, 300, (2, 8))
+
+    def damaged(rows, logits):
+        logits[-1, :: 1 if value == -torch.inf else 300] = value  # -inf is fine for some tokens
+        return logits
+
+    options = dict(max_new_tokens=3, temperature=1.0, top_k=top_k, logits_processor=damaged)
+    with pytest.raises(UserError, match="logits are not finite; try --dtype float32"):
+        model.generate(prompts, **options)
+
+def test_greedy_decoding_does_not_look_at_the_logits_again(monkeypatch):
+    logits = torch.full((2, 300), torch.nan)
+    monkeypatch.setattr(torch.Tensor, "isfinite", None)  # it would wait for a GPU
+    assert t5.sample_token(logits, 0.0, 0, None).shape == (2,)
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_error_in_generation_leaves_the_mode_of_the_model(error, training):
+    def fails(rows, logits):
+        raise error
+
+    model = small().train(training)
+    with pytest.raises(error):
+        model.generate(torch.randint(2, 300, (2, 8)), logits_processor=fails)
+    assert all(module.training == training for module in model.modules())
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
@@ -304,6 +375,37 @@ def test_the_tokenizer_agrees_with_transformers(real, transformers):
         ids = ours.encode(text)
         assert ids == theirs(text).input_ids and ours.decode(ids) == theirs.decode(ids, **options)
     assert ours.decode(torch.tensor([*ours.encode("two clips"), 32100, 32127, PAD])) == "two clips"
+
+def test_sentinels_have_the_ids_of_transformers(real, transformers):
+    folder = real / "tokenizers" / "t5"
+    ours, theirs = Tokenizer(folder), transformers.T5Tokenizer.from_pretrained(folder)
+    rng = random.Random(0)
+    parts = ["a", "Hello", " world", " ", "\n", ".", "é", "<extra_id_0>", "<extra_id_7>",
+             "<extra_id_99>", "<extra_id_100>", "<extra_id_07>", "<extra_id_", "<EXTRA_ID_1>"]
+    texts = [f"x<extra_id_{n}>y" for n in range(100)]
+    texts += ["".join(rng.choices(parts, k=rng.randrange(12))) for _ in range(1000)]
+    for text in texts:
+        ids = ours.encode(text)
+        assert ids == theirs(text).input_ids
+        assert ours.split(text) == theirs.convert_ids_to_tokens(ids[:-1]) or UNK in ids
+    text = "Thank you <extra_id_0> me to your party<extra_id_1>week."
+    assert {32099, 32098} < set(ours.encode(text)) and len(ours.pieces) == 32000
+    decoded = theirs.decode(ours.encode(text), skip_special_tokens=True)
+    assert ours.decode(ours.encode(text)) == decoded == "Thank you me to your party week."
+
+def test_another_vocabulary_has_no_sentinels():
+    toy = Tokenizer(TOY / "tuned-1M")
+    assert max(toy.encode("a <extra_id_0> b")) < len(toy.pieces)
+
+def test_added_tokens_may_be_sentinels_only(real, tmp_path):
+    Tokenizer(real / "tokenizers" / "t5").save(tmp_path)
+    added = {f"<extra_id_{n}>": 32099 - n for n in range(100)}
+    damage(tmp_path / "added_tokens.json", json.dumps(added))
+    assert Tokenizer(tmp_path).encode("<extra_id_3>") == [32096, EOS]
+    for text in (json.dumps(added | {"<answer>": 32100}), '{"<extra_id_0>": 32100}', "{"):
+        damage(tmp_path / "added_tokens.json", text)
+        with pytest.raises(UserError, match="added_tokens.json: "):
+            Tokenizer(tmp_path)
 
 @pytest.mark.parametrize("vocabulary", ["toy", "T5's"])
 def test_every_text_has_ids_and_a_text_again(vocabulary, request):
@@ -391,6 +493,46 @@ def test_a_damaged_file_of_a_model_is_named(student, message, name, content):
     (student / name).unlink()
     assert f"no {name}" in message()
 
+NUMBERS = {name: kind for name, kind in T5Config.__annotations__.items() if kind in (int, float)}
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "512", -1, True, [1]])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_setting_that_is_no_number_is_named(student, name, value):
+    damage(student / "config.json", config(**{name: value}))
+    with pytest.raises(UserError, match=f"^.*/config.json: .*: {name} is .*$"):
+        T5.from_pretrained(student)
+
+# --- folders as people have them ---
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 990345061\n"
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "spiece.model", INDEX])
+def test_a_git_lfs_pointer_is_named(student, message, name):
+    if name in (INDEX, "pytorch_model.bin"):
+        (student / "model.safetensors").unlink()
+    damage(student / name, POINTER)
+    assert re.search(rf"{name}: .*run `git lfs pull`", message())
+
+def test_a_vocabulary_that_is_a_git_lfs_pointer_is_named_if_given_as_a_file(tmp_path):
+    damage(tmp_path / "spiece.model", POINTER)
+    with pytest.raises(UserError, match="spiece.model: .*run `git lfs pull`"):
+        Tokenizer(tmp_path / "spiece.model")
+
+def test_an_adapter_must_be_merged(student, message):
+    (student / "model.safetensors").rename(student / "adapter_model.safetensors")
+    (student / "config.json").rename(student / "adapter_config.json")
+    assert re.search("adapter.*merge_and_unload.*save_pretrained", message())
+    shutil.copy(TOY / "tuned-1M" / "config.json", student)
+    assert re.search("adapter.*merge_and_unload.*save_pretrained", message())
+
+def test_a_folder_that_transformers_5_saved_needs_the_vocabulary(
+        real, transformers, student, message):
+    source = real / "tokenizers" / "t5"
+    (student / "spiece.model").unlink()
+    transformers.T5Tokenizer.from_pretrained(source).save_pretrained(student)
+    assert not (student / "spiece.model").exists()
+    assert re.search("no spiece.model in .*copy.*google/flan-t5-base", message())
+
 def test_missing_unknown_and_misshapen_tensors_are_named(student, message):
     def change(entries):
         entries["decoder.adapter.weight"] = entries.pop("encoder.final_layer_norm.weight")
@@ -411,6 +553,8 @@ def test_tensors_may_begin_at_any_byte_of_a_file(student):
 @pytest.mark.parametrize("name, content, part", [
     ("part-0", half, "part-0: not a complete"), (INDEX, half, INDEX), (INDEX, "[]", INDEX),
     (INDEX, '{"weight_map": ["a"]}', INDEX), (INDEX, '{"weight_map": {"a": 1}}', INDEX),
+    (INDEX, '{"weight_map": {"a": "part-0", "b": "model-00002-of-00002.safetensors"}}',
+     "no model-00002-of-00002.safetensors in"),
     (INDEX, '{"weight_map": {}}', "0 tensors"), (INDEX, '{"weight_map": {"a": "b"}}', "no b"),
     (INDEX, '{"weight_map": {"a": "../outside"}}', "no outside"),
     (INDEX, '{"weight_map": {"a": ".."}}', "not a complete"),
@@ -509,7 +653,7 @@ def hub(server, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     for path in (TOY / "tuned-1M").iterdir():
         server.files[f"{SMALL}/{path.name}"] = path.read_bytes()
@@ -581,16 +725,36 @@ def test_a_model_is_downloaded_once_to_where_huggingface_hub_finds_it(
         Tokenizer("google/flan-t5-base")
     assert len(hub.requests) == count
 
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"])
 def test_a_model_that_huggingface_hub_downloaded_is_found_without_a_request(
-        hub, tmp_path, monkeypatch, transformers):
+        hub, tmp_path, monkeypatch, transformers, variable):
     import huggingface_hub
 
     for name in DAMAGES:
         huggingface_hub.hf_hub_download(NAME, name, endpoint=hub.url, token="hf_secret",
                                         cache_dir=tmp_path / "other")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
+    monkeypatch.setenv(variable, str(tmp_path / "other"))
     count = len(hub.requests)
     assert t5.load_pretrained(NAME) and len(hub.requests) == count
+
+@pytest.mark.parametrize("settings", [
+    {"HF_HUB_OFFLINE": "1"}, {"TRANSFORMERS_OFFLINE": "true"}, {"HUGGINGFACE_HUB_CACHE": "old"},
+    {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "1"},
+    {"HF_HUB_CACHE": "new", "HUGGINGFACE_HUB_CACHE": "old"}])
+def test_old_variables_mean_what_they_mean_to_huggingface_hub(
+        hub, tmp_path, monkeypatch, transformers, settings):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if "CACHE" in name else value)
+    code = ("from huggingface_hub import constants;"
+            "print(constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE)")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    cache, offline = found.stdout.split()
+    if offline == "True":
+        with pytest.raises(UserError, match="TRANSFORMERS_OFFLINE"):
+            Tokenizer(NAME)
+    else:
+        assert Tokenizer(NAME).path.is_relative_to(cache)
+    assert bool(hub.requests) == (offline == "False")
 
 def test_a_file_is_checked_by_the_hubs_sha256_and_the_token_stays_on_the_hub(hub, other_server):
     path = f"{SMALL}/model.safetensors"
@@ -634,7 +798,7 @@ def test_the_token_of_a_login_is_used_without_its_line_end(hub, tmp_path, monkey
     "hub.example", "http://[", "http://127.0.0.1:9", "http://127.0.0.1:99999", "http://a:b"])
 def test_a_wrong_endpoint_is_an_error_that_names_it(hub, monkeypatch, endpoint):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with pytest.raises(UserError, match=f"cannot read {re.escape(endpoint)}"):
+    with pytest.raises(UserError, match=f"^{re.escape(endpoint)}/api.*copy the model's files to"):
         Tokenizer(NAME)
 
 def test_an_index_cannot_point_out_of_the_folder(hub, tmp_path):
@@ -678,6 +842,22 @@ def test_an_error_that_the_user_can_fix_is_one_line(error, code):
     with pytest.raises(SystemExit) as stopped:
         t5.run_command(main)
     assert str(stopped.value.code).startswith(str(code))
+
+@pytest.mark.parametrize("option, value", [
+    ("--temperature", "-1"), ("--temperature", "nan"), ("--num-samples", "0"),
+    ("--max-new-tokens", "0"), ("--dtype", "int8")])
+def test_the_command_refuses_options_out_of_their_range(monkeypatch, capsys, option, value):
+    monkeypatch.setattr(sys, "argv", [*map(str, COMMAND), option, value])
+    with pytest.raises(SystemExit) as stopped:
+        t5.main()
+    assert stopped.value.code == 2 and f"argument {option}: invalid" in capsys.readouterr().err
+
+def test_the_help_gives_every_default(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["t5.py", "--help"])
+    with pytest.raises(SystemExit):
+        t5.main()
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
+    assert len(options) == 5 and all("(default: " in option for option in options)
 
 def test_options_out_of_their_range_are_refused():
     positive, share = t5.in_range(int, above=0), t5.in_range(float, below=1)
