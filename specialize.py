@@ -327,7 +327,7 @@ def count_steps(examples, args):
     per_epoch = math.ceil(micro_batches / args.gradient_accumulation_steps)
     return per_epoch, min(per_epoch * args.epochs, args.steps or math.inf)
 
-def train(model, tokenizer, examples, pool, args, run, measure=None, table_share=0.0):
+def train(model, tokenizer, examples, pool, args, run, measure=None):
     """Train a model, save and evaluate checkpoints, and return the best one's log entry.
 
     pool: the problems that demonstrations are drawn from (GSM8K's training set).
@@ -343,7 +343,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None, table_share
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
     step = start = load_checkpoint(run, model, optimizer) if args.resume else 0
     limit = args.tokens_per_pass or math.inf
-    log = TrainingLog(run / "log.jsonl", start, steps, table_share, args)
+    log = TrainingLog(run / "log.jsonl", start, steps, args)
     with stop_after_step() as stop:
         while True:
             # Evaluate the start, or the checkpoint that the last pass saved.
@@ -704,9 +704,9 @@ def generate_exactly(model, source, n, args):
         model.generate(source, max_new_tokens=n, logits_processor=never_end)
 
 def plan(model, tokenizer, examples, pool, args):
-    """Measure this device with a sample of the run's work. Set args.tokens_per_pass unless it is
-    set, and print the memory and time that the run takes. Return the time of the last table as a
-    multiple of a checkpoint's evaluation."""
+    """Measure this device with a sample of the run's work; print the memory and time that the run
+    takes. Set args.tokens_per_pass, unless it is set, and args.table_share: the time of the last
+    table as a multiple of a checkpoint's evaluation."""
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
     model.train()
@@ -723,6 +723,7 @@ def plan(model, tokenizer, examples, pool, args):
     checkpoint, last = (evaluation_seconds(model, tokenizer, tasks, split, tokens, args)
                         for tasks, split in ((checkpoint_tasks(args), "validation"),
                                              (table_tasks(args), "test")))
+    args.table_share = 2 * last / checkpoint
     count = 1 + math.ceil(steps / args.checkpoint_every)
     names = ("weights", "gradients", "optimizer")
     memory = [f"{name} {size / 1e9:.2f} GB" for name, size in
@@ -732,7 +733,6 @@ def plan(model, tokenizer, examples, pool, args):
           f"{steps:,} steps, {count} evaluations. Estimate: training {duration(training)}, "
           f"evaluations {duration(checkpoint * count)}, last table {duration(2 * last)} (if outputs "
           f"have {tokens} tokens)", flush=True)
-    return 2 * last / checkpoint
 
 def duration(seconds):
     """Format a time: 40 s, 3.5 min or 12.1 h."""
@@ -811,9 +811,9 @@ class TrainingLog:
 
     evaluations: {step: log entry with "validation"}."""
 
-    def __init__(self, path, start, steps, table_share, args):
+    def __init__(self, path, start, steps, args):
         self.path, self.start, self.steps, self.args = path, start, steps, args
-        self.table_share, self.evaluation = table_share, 0.0  # seconds of the last evaluation
+        self.evaluation = 0.0  # the seconds that the last evaluation took
         self.seconds, self.tokens, self.losses, self.since = 0.0, 0, {}, time.time()
         # Steps after the last checkpoint are repeated, so drop their entries.
         entries = [e for e in (read_log(path) if path.exists() else ()) if e["step"] <= start]
@@ -832,20 +832,23 @@ class TrainingLog:
         for pairs, loss in zip(micro_batches, losses):
             self.losses.setdefault(pairs[0][0].format, []).append(loss)
             self.tokens += sum(sum(lengths(pair, encode)) for pair in pairs)
-        if step % self.args.log_every and step not in (self.start + 1, self.steps):
+        due = step % self.args.log_every == 0 or step == self.steps
+        if not due and step != self.start + 1:
             return
         means = {name: torch.stack(self.losses[name]).mean().item()
                  for name in FORMATS if name in self.losses}
-        self.losses = {}
         speed = round(self.tokens / self.seconds)
+        every = self.args.checkpoint_every
+        evaluations = math.ceil(self.steps / every) - (step - 1) // every
         left = self.seconds / (step - self.start) * (self.steps - step)
-        evaluations = math.ceil(self.steps / self.args.checkpoint_every) - (
-            (step - 1) // self.args.checkpoint_every)
-        left += self.evaluation * (evaluations + self.table_share)
-        shown = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+        left += self.evaluation * (evaluations + self.args.table_share)
+        losses = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
         print(f"step {step}/{self.steps}  lr {lr:.2e}  {speed:,} tokens/s  {duration(left)} left  "
-              f"{shown}", flush=True)
-        self.write({"step": step, "learning_rate": lr, "tokens_per_second": speed, "loss": means})
+              f"{losses}", flush=True)
+        if due:
+            self.losses = {}
+            entry = {"step": step, "learning_rate": lr, "tokens_per_second": speed, "loss": means}
+            self.write(entry)
 
     def add_evaluation(self, entry):
         """Report the evaluation of a checkpoint; its time does not count as training."""
@@ -1054,7 +1057,7 @@ def parse_arguments(arguments=None):
     typed = vars(parser.parse_args(arguments))
     run, before = find_run(typed)
     size = typed.get("size") or before.get("size") or "toy"
-    settings = dict(size=size, resume=False, dry_run=False, name=None) | DEFAULTS | SIZES[size]
+    settings = dict(size=size, resume=False, dry_run=False, name=None, table_share=0.0) | DEFAULTS | SIZES[size]
     args = argparse.Namespace(**settings | before | typed, run=run)
     args.data, args.teacher = Path(args.data), args.teacher and Path(args.teacher)
     args.formats = list(dict.fromkeys(args.formats))
@@ -1134,7 +1137,7 @@ def specialize(args, run):
             raise UserError(f"{args.teacher if name == 'teacher' else args.data}: its content has "
                             f"changed since {run} was started; restore it, or start another run "
                             "with --name")
-    args.hashes = getattr(args, "hashes", {}) | hashes
+    args.hashes = hashes
     pool = load("gsm8k", "train", args.data)
     tokenizer = Tokenizer(args.model)
     examples, summary = build_examples(teacher_records(args, pool), tokenizer, args.formats,
@@ -1145,12 +1148,14 @@ def specialize(args, run):
         model = T5(read_config(args.model)).to(args.device, weights_dtype(args))
     else:
         model, _ = load_pretrained(args.model, **options)
-    table_share = plan(model, tokenizer, examples, pool, args)
+    if not args.resume or args.dry_run:
+        plan(model, tokenizer, examples, pool, args)
     if args.dry_run:
         return
-    atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
+    if not args.resume:
+        atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
     make_deterministic(args.seed)
-    best = train(model, tokenizer, examples, pool, args, run, table_share=table_share)
+    best = train(model, tokenizer, examples, pool, args, run)
 
     model = T5.from_pretrained(run / f"checkpoint-{best['step']}", dtype=weights_dtype(args))
     model.save_pretrained(run / "model")

@@ -362,7 +362,7 @@ def test_an_entry_in_losses_is_offered_and_trained_with(train, tmp_path, monkeyp
     monkeypatch.setitem(sp.LOSSES, "half", lambda logits, batch: sp.LOSSES["kl"](logits, batch) / 2)
     train(tmp_path, flags="--steps 6 --loss half")
     log = sp.read_log(tmp_path / "log.jsonl")
-    assert {"half", "nll"} <= {name for entry in log for name in entry}  # nll: answer-only
+    assert {name for entry in log for name in entry.get("loss", ())} <= set(sp.FORMATS)
     with pytest.raises(SystemExit):
         sp.parse_arguments(["--loss", "third"])
 
@@ -395,7 +395,7 @@ def teacher(tmp_path):
 def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
         command, teacher, tmp_path, monkeypatch):
     printed = command(sp, *BRIEF, "--name", "one")
-    assert re.search(r"step 2/\d+  (kl|nll) .* lr .* tokens/s .* min left", printed)
+    assert re.search(r"step 2/\d+  lr .* tokens/s  .* left  (in_context|zero_shot)_\w+ \d", printed)
     header, *rows = printed[printed.index("accuracy, %") :].splitlines()[:7]
     columns = ["toy-GSM8K", "toy-MultiArith", "toy-ASDiv", "toy-SVAMP", "generic CoT",
                "generic answer-only"]
@@ -431,22 +431,38 @@ def test_after_ctrl_c_the_printed_command_continues_to_the_same_bits(command, te
     command(sp, *BRIEF, "--skip-bbh", "--name", "at_once")
     assert outcome(tmp_path / "runs" / "toy") == outcome(tmp_path / "runs" / "at_once")
 
-def test_a_run_is_neither_overwritten_nor_resumed_with_other_arguments(refused, tmp_path):
-    run, args = tmp_path / "runs" / "one", sp.parse_arguments(["--name", "one"])
-    run.mkdir(parents=True)
+def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(refused, tmp_path):
+    def start(*options):
+        args = sp.parse_arguments(list(options))
+        damage(args.run / "arguments.json", json.dumps(sp.recorded(args)))
+        return args
+
     assert "runs/one: no run to resume" in refused(sp, "--name", "one", "--resume")
-    assert str(sp.find_run(args)) == "runs/one"  # killed before anything was written
-    (run / "arguments.json").write_text(json.dumps(sp.recorded(args) | {"epochs": 7, "seed": 1}))
+    start("--name", "one", "--size", "small", "--epochs", "7", "--loss", "nll", "--test-limit", "3")
     assert "runs/one exists; continue it with --resume" in refused(sp, "--name", "one")
-    message = refused(sp, "--name", "one", "--resume", "--log-every", 5)
-    assert message.endswith("started with other arguments; use --epochs 7, --seed 1")
+    resume = ["--name", "one", "--resume"]
+    message = refused(sp, *resume, "--epochs", 8, "--loss", "kl", "--test-limit", 2)
+    assert message.endswith("started with --loss nll, --epochs 7; leave this as it is, or start "
+                            "another run with --name")
+    args = sp.parse_arguments([*resume, "--loss", "nll", "--test-limit", "2", "--threads", "1"])
+    assert (args.size, args.epochs, args.loss, args.test_limit) == ("small", 7, "nll", 2)
+    assert args.model == "google/flan-t5-small" and args.data == ev.DEFAULT_DATA
     for name in ("runs/toy", "runs/toy-2"):  # without --name: the next, or the latest
-        args = sp.parse_arguments([])
-        assert str(sp.find_run(args)) == name
-        shutil.copytree(run, name)
-        damage(tmp_path / name / "arguments.json", json.dumps(sp.recorded(args)))
-        args.resume = True
-        assert str(sp.find_run(args)) == name
+        assert str(start().run) == str(sp.parse_arguments(["--resume"]).run) == name
+
+def test_a_run_is_not_resumed_with_another_teacher_or_other_sets(
+        refused, command, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(sp, "train", lambda *_, **__: pytest.fail("it trains"))
+    shutil.copytree(TOY, tmp_path / "data", ignore=shutil.ignore_patterns("raw-*", "tuned-*"))
+    for name in ("teacher.jsonl", "data/svamp/SVAMP.json", "data/bbh/bbh/opposites.json"):
+        arguments = ["--name", name.replace("/", "-"), "--data", "data"]
+        with pytest.raises(pytest.fail.Exception):
+            command(sp, *arguments, *BRIEF)
+        path, text = tmp_path / name, (tmp_path / name).read_text()
+        path.write_text(text.replace("How many", "How  many", 1).replace(" hot", "  hot", 1))
+        message = refused(sp, *arguments[:2], "--resume", "--threads", "1")
+        assert "its content has changed since" in message and name.partition("/")[0] in message
+        path.write_text(text)
 
 def test_a_run_in_progress_is_not_started_a_second_time(refused, teacher, tmp_path, monkeypatch,
                                                         capsys):
