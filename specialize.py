@@ -183,22 +183,32 @@ def sort_in_windows(items, size, key):
     windows = [items[i : i + size] for i in range(0, len(items), size)]
     return [item for window in windows for item in sorted(window, key=key)]
 
-def split_into_passes(micro_batch, limit, encode):
+def split_into_passes(micro_batch, encode, limit, weights):
     """Split a micro-batch, which is sorted by length, into passes of at most `limit` tokens, padding
     included. A micro-batch is a unit of the optimization, a pass one of memory: the examples whose
-    activations exist at the same time."""
-    passes, longest = [[]], (0, 0)
+    activations exist at the same time. weights: see padded_tokens."""
+    passes, S, T = [[]], 0, 0
     for pair in micro_batch:
-        longest = tuple(map(max, longest, lengths(pair, encode)))
-        if passes[-1] and (len(passes[-1]) + 1) * sum(longest) > limit:
+        s, t = lengths(pair, encode)
+        S, T = max(S, s), max(T, t)
+        if passes[-1] and padded_tokens(len(passes[-1]) + 1, S, T, weights) > limit:
             passes.append([])
-            longest = lengths(pair, encode)
+            S, T = s, t
         passes[-1].append(pair)
     return passes
 
 def lengths(pair, encode):
     """Return the numbers of tokens (S, T) of an (example, demonstrations)."""
     return len(encode_prompt(*pair, encode)), len(pair[0].labels)
+
+def padded_tokens(rows, S, T, weights):
+    """Return the size of a pass in source tokens. weights: how many of these a source token, a label
+    and a pair of them (in attention) count for; 1, 1, 0, 0, 0 counts both alike."""
+    return rows * float(np.dot(weights, pass_features(S, T)))
+
+def pass_features(S, T):
+    """Return what the memory of a pass grows with: tokens, and pairs of tokens in attention."""
+    return S, T, S * S, T * T, S * T
 
 def encode_prompt(example, demonstrations, encode):
     """Return the ids (S,) of an example's input, put together from parts that encode() has cached.
@@ -295,7 +305,7 @@ def batch_loss(model, batch, loss):
 
 # --- the loop ---
 
-def add_gradients(model, micro_batches, limit, encode, args):
+def add_gradients(model, micro_batches, encode, args, limit=math.inf):
     """Run the passes of an optimizer step, which add up its gradients; return the losses.
 
     The loss of a step is the mean over its micro-batches, that of a micro-batch the mean over its
@@ -303,7 +313,7 @@ def add_gradients(model, micro_batches, limit, encode, args):
     losses = []
     for pairs in micro_batches:
         tokens, total = sum(len(example.labels) for example, _ in pairs), 0.0
-        for part in split_into_passes(pairs, limit, encode):
+        for part in split_into_passes(pairs, encode, limit, args.pass_weights):
             batch = collate(part, encode, args.device)
             share = sum(len(example.labels) for example, _ in part) / tokens
             with mixed_precision(args):
@@ -368,9 +378,9 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
 
             # Forward and backward passes. If memory runs out, repeat the step in smaller passes.
             try:
-                losses = add_gradients(model, micro_batches, limit, encode, args)
+                losses = add_gradients(model, micro_batches, encode, args, limit)
             except RuntimeError as error:
-                limit = smaller_passes(error, micro_batches, limit, encode)
+                limit = smaller_passes(error, micro_batches, encode, args, limit)
                 optimizer.zero_grad()
                 continue
 
@@ -487,14 +497,16 @@ def check_type(value, kinds, name):
         raise TypeError(f"{name} is {value!r:.50}, a {type(value).__name__}")
     return value
 
-def smaller_passes(error, micro_batches, limit, encode):
+def smaller_passes(error, micro_batches, encode, args, limit):
     """Return a lower limit of tokens per pass after a pass ran out of memory. Raises the error
     again if it is another one, or if every pass holds one example already."""
-    passes = [part for pairs in micro_batches for part in split_into_passes(pairs, limit, encode)]
+    passes = [part for pairs in micro_batches
+              for part in split_into_passes(pairs, encode, limit, args.pass_weights)]
     if not is_out_of_memory(error) or max(map(len, passes)) == 1:
         raise error
-    sizes = [[lengths(pair, encode) for pair in part] for part in passes if len(part) > 1]
-    limit = max(len(part) * sum(map(max, zip(*part))) for part in sizes) // 2
+    sizes = [padded_tokens(len(part), *map(max, zip(*(lengths(pair, encode) for pair in part))),
+                           args.pass_weights) for part in passes]
+    limit = int(max(sizes) / 2)
     print(f"out of memory: this step again, with passes of at most {limit:,} tokens", flush=True)
     return limit
 
@@ -583,16 +595,17 @@ class TensorBytes(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-def peak_memory(device, work):
-    """Return the most bytes that work() takes beyond those taken before it."""
+def memory_of(device, work):
+    """Return the bytes that work() takes, beyond those taken before: at its peak, and in the end,
+    with what it returns."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
+        _result = work()
+        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     with TensorBytes() as tensors:
-        work()
-    return tensors.peak
+        _result = work()
+    return tensors.peak, tensors.now
 
 def state_bytes(parameters, args):
     """Return the bytes of the weights, the gradients and the optimizer's state."""
@@ -617,36 +630,41 @@ def does_not_fit(parameters, args, reason):
     return UserError(f"{reason}: weights, gradients and optimizer of {parameters:,} parameters take "
                      f"{needed:.2f} GB, the activations come on top{less}")
 
-def tokens_that_fit(model, pairs, encode, args):
-    """Return the most tokens per pass, padding included, for which the device has memory.
+def measure_passes(model, pairs, encode, args):
+    """Set args.tokens_per_pass to what the device has memory for, and args.pass_weights.
 
-    A pass takes a fixed number of bytes and some per token: the most for the longest example
-    (attention) or for the one with the largest share of labels (logits). Two passes of different
-    sizes give both numbers. Raises UserError if one example does not fit."""
+    What backward needs from forward grows with pass_features: small passes of six shapes give the
+    weights. The peak, which is higher, is measured with the longest example, once and three times.
+    Raises UserError if it does not fit."""
+
+    def forward(rows, S, T):
+        source, labels = (torch.full((rows, n), UNK, device=args.device) for n in (S, T))
+        ids = labels.unsqueeze(-1).expand(-1, -1, 5)
+        batch = {"input_ids": source, "decoder_input_ids": labels, "labels": labels,
+                 "loss_mask": labels == UNK, "teacher_ids": ids, "teacher_probs": ids / 10}
+        with mixed_precision(args):
+            return batch_loss(model, batch, args.loss)
 
     def peak(rows):
-        work = functools.partial(add_gradients, model, [[pair] * rows], math.inf, encode, args)
-        return peak_memory(args.device, work)
+        return memory_of(args.device, lambda: forward(rows, S, T).backward())[0]
 
-    parameters, limits = count_parameters(model), []
-    tokens = [sum(lengths(pair, encode)) for pair in pairs]
-    labels = [len(example.labels) / n for (example, _), n in zip(pairs, tokens)]
-    for i in tokens.index(max(tokens)), labels.index(max(labels)):
-        pair = pairs[i]
-        add_gradients(model, [[pair]], math.inf, encode, args)  # the gradients exist from here on
-        free = free_memory(args.device) - state_bytes(parameters, args)[2]
-        one = peak(1)
-        if one > free:
-            reason = (f"an example of {tokens[i]:,} tokens needs {one / 1e9:.2f} GB of "
-                      f"{max(free, 0) / 1e9:.2f} GB that are free")
-            raise does_not_fit(parameters, args, reason)
-        rows = max(args.micro_batch_size)
-        if one * rows > free:  # micro-batches may not fit, so find how many rows do
-            few = max(1, int(free / one / 6))
-            small, large = (peak(few), peak(2 * few)) if 2 * one < free else (one, 2 * one)
-            rows = int(few * (1 + (free - small) / (large - small)))
-        limits.append(rows * tokens[i])
-    return min(limits)
+    S, T = max((lengths(pair, encode) for pair in pairs), key=sum)
+    forward(1, 8, 8).backward()  # from here on the gradients exist
+    free = free_memory(args.device) - state_bytes(count_parameters(model), args)[2]
+    one, rows = peak(1), max(args.micro_batch_size)
+    if one > free:
+        reason = (f"the longest example, of {S:,} + {T:,} tokens, needs {one / 1e9:.2f} GB of "
+                  f"{max(free, 0) / 1e9:.2f} GB that are free")
+        raise does_not_fit(count_parameters(model), args, reason)
+    args.pass_weights, args.tokens_per_pass = [1.0, 1.0, 0.0, 0.0, 0.0], rows * (S + T)
+    if rows * one > free:  # not every micro-batch fits
+        shapes = [(16, 16), (48, 16), (96, 16), (16, 48), (16, 96), (96, 96)]
+        held = [memory_of(args.device, lambda: forward(1, *shape))[1] for shape in shapes]
+        _, *costs = np.linalg.solve([(1, *pass_features(*shape)) for shape in shapes], held)
+        args.pass_weights = [max(0.0, cost / costs[0]) for cost in costs]
+        row = padded_tokens(1, S, T, args.pass_weights)
+        per_row = (peak(3) - one) / 2 if 3 * one < free else one
+        args.tokens_per_pass = int(row * (1 + (free - one) / per_row))
 
 def count_parameters(model):
     """Return the number of a model's parameters."""
@@ -665,11 +683,11 @@ def training_seconds(model, batches, encode, args):
     total = 0.0
     for name in args.formats:
         passes = [part for batch in batches if batch[0][0].format == name
-                  for part in split_into_passes(batch, args.tokens_per_pass, encode)]
+                  for part in split_into_passes(
+                      batch, encode, args.tokens_per_pass, args.pass_weights)]
         tokens = [sum(sum(lengths(pair, encode)) for pair in part) for part in passes]
         sample = slice(None, None, math.ceil(len(passes) / 2))
-        spent = seconds(args.device, lambda: add_gradients(
-            model, passes[sample], math.inf, encode, args))
+        spent = seconds(args.device, lambda: add_gradients(model, passes[sample], encode, args))
         total += spent * sum(tokens) / sum(tokens[sample])
     return total
 
@@ -713,8 +731,7 @@ def plan(model, tokenizer, examples, pool, args):
     encode, sizes = cached_encoder(tokenizer), dict(zip(FORMATS, args.micro_batch_size))
     batches = make_batches(examples, pool, encode, sizes, args.seed, epoch=0)
     if not args.tokens_per_pass:
-        pairs = [pair for batch in batches for pair in batch]
-        args.tokens_per_pass = tokens_that_fit(model, pairs, encode, args)
+        measure_passes(model, [pair for batch in batches for pair in batch], encode, args)
     per_epoch, steps = count_steps(examples, args)
     training = training_seconds(model, batches, encode, args) * steps / per_epoch
     model.zero_grad()
@@ -1057,7 +1074,8 @@ def parse_arguments(arguments=None):
     typed = vars(parser.parse_args(arguments))
     run, before = find_run(typed)
     size = typed.get("size") or before.get("size") or "toy"
-    settings = dict(size=size, resume=False, dry_run=False, name=None, table_share=0.0) | DEFAULTS | SIZES[size]
+    settings = dict(size=size, resume=False, dry_run=False, name=None, table_share=0.0,
+                    pass_weights=(1.0, 1.0, 0.0, 0.0, 0.0)) | DEFAULTS | SIZES[size]
     args = argparse.Namespace(**settings | before | typed, run=run)
     args.data, args.teacher = Path(args.data), args.teacher and Path(args.teacher)
     args.formats = list(dict.fromkeys(args.formats))
