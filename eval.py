@@ -10,7 +10,6 @@ authors is computed beside it. Tables, plots and the command come last.
 """
 
 import argparse
-import collections
 import contextlib
 import functools
 import hashlib
@@ -311,18 +310,11 @@ def authors_match(output, answer, is_math, cot):
     stated = (output.split("the answer is") + [""])[1] if cot else output
     return answer in stated
 
-def self_consistency(outputs, extract):
-    """Return the first sampled output whose answer is the most common one (Wang et al., 2022,
-    arXiv 2203.11171). Math outputs without a number do not vote."""
-    answers = [extract(output) for output in outputs]
-    votes = collections.Counter(answer for answer in answers if answer is not None)
-    return outputs[answers.index(votes.most_common(1)[0][0])] if votes else outputs[0]
-
 # --- accuracy ---
 
-def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tokens=256, samples=1,
-             temperature=0.7, task="gsm8k", cot=True, file=None):
-    """Evaluate a model on problems: greedily, or by majority vote over sampled outputs.
+def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tokens=256,
+             task="gsm8k", cot=True, file=None):
+    """Evaluate a model on problems with greedy decoding.
 
     prompt: a function from question to input (default: zero-shot math, chain of thought or not).
     task: the name that predictions carry; it decides on the authors' rule.
@@ -333,32 +325,29 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
     prompt = prompt or functools.partial(math_prompt, cot=cot)
     prompts = [prompt(problem.question) for problem in problems]
     outputs = [file.known.get((task, text)) if file else None for text in prompts]
-    input_ids = {i: tokenizer.encode(prompts[i]) for i, known in enumerate(outputs) if not known}
-    device = model.shared.weight.device
-    options = {"max_new_tokens": max_new_tokens, "num_samples": samples}
+    missing = [i for i, output in enumerate(outputs) if output is None]
+    input_ids = {i: tokenizer.encode(prompts[i]) for i in missing}
 
     # Problems of similar length share a batch, so that little is padded. The longest come first: if
     # they fit into memory, all do.
     order = sorted(input_ids, key=lambda i: -len(input_ids[i]))
+    device = model.shared.weight.device
     with packed_weights(model.decoder, model.lm_head):
         while order:
             fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
-            rows = int((free_memory(device.type) - fixed) / (row * samples))
+            rows = int((free_memory(device.type) - fixed) / row)
             batch = order[: max(1, min(batch_size, rows))]
-            if samples > 1:  # seeded per batch: a resumed evaluation draws the same samples
-                generator = torch.Generator(device).manual_seed(batch[0])
-                options |= {"temperature": temperature, "generator": generator}
             source = pad_sequences([input_ids[i] for i in batch], device)
             try:
-                generated = model.generate(source, **options).tolist()
+                generated = model.generate(source, max_new_tokens=max_new_tokens).tolist()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or len(batch) == 1:
                     raise
                 batch_size = len(batch) // 2
                 print(f"out of memory: {task} goes on with batches of {batch_size}", flush=True)
                 continue
-            for n, i in enumerate(batch):  # samples are adjacent
-                outputs[i] = [tokenizer.decode(generated[n * samples + k]) for k in range(samples)]
+            for i, ids in zip(batch, generated):
+                outputs[i] = tokenizer.decode(ids)
                 if file:
                     file.add(score(problems[i], task, prompts[i], outputs[i], cot))
             order = order[len(batch) :]
@@ -367,18 +356,15 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
     return summarize([score(problem, task, prompts[i], outputs[i], cot)
                       for i, problem in enumerate(problems)])
 
-def score(problem, task, prompt, outputs, cot):
+def score(problem, task, prompt, output, cot):
     """Return the prediction for a problem: a dict with its scores by both rules."""
-    extract = functools.partial(final_answer, answer=problem.answer)
-    output = self_consistency(outputs, extract)
     written = problem.written or number_text(problem.answer)
-    prediction = {
+    return {
         "task": task, "split": problem.split, "question": problem.question, "prompt": prompt,
-        "output": output, "extracted": extract(output), "answer": problem.answer,
-        "correct": exact_match(output, problem.answer),
+        "output": output, "extracted": final_answer(output, problem.answer),
+        "answer": problem.answer, "correct": exact_match(output, problem.answer),
         "correct_by_authors": authors_match(output, written, task in DATASETS, cot),
     }
-    return prediction | ({"outputs": outputs} if len(outputs) > 1 else {})
 
 def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None,
                   demonstrations=(), verbose=False, **options):
@@ -440,10 +426,10 @@ class PredictionFile:
     def __init__(self, path, model, **settings):
         self.path = Path(path)
         self.origin = {"model": model, "settings": settings}
-        self.known = {}  # {(task, prompt): list of outputs}
+        self.known = {}  # {(task, prompt): output}
         for p in read_predictions(path) if self.path.exists() else ():
             if {key: p.get(key) for key in self.origin} == self.origin:
-                self.known[p["task"], p["prompt"]] = p.get("outputs", [p["output"]])
+                self.known[p["task"], p["prompt"]] = p["output"]
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             with open(self.path, "a") as file:
                 file.write("\n")  # end a line that was cut short
@@ -625,10 +611,6 @@ def parse_arguments():
     add("--demonstrations", metavar="FILE", help="your own, in GSM8K's format (default: none)")
     add("--answer-only", dest="cot", action="store_false",
         help="prompt without chain of thought (default: with)")
-    add("--samples", type=positive, default=1, metavar="N",
-        help="self-consistency: majority vote over N sampled outputs (default: 1, greedy decoding)")
-    add("--temperature", type=in_range(float, above=0), default=0.7,
-        help="sampling temperature with --samples (default: %(default)s)")
     add("--data", type=Path, default=DEFAULT_DATA, help="problem sets (default: %(default)s)")
     add("--split", default="test", choices=["validation", "test", "all"], help="default: test")
     add("--limit", type=positive, help="problems per task (default: all)")
@@ -677,18 +659,17 @@ def main():
         load(task, "test", args.data)  # find what is missing before evaluating the first model
     shots = args.demonstrations or args.shots
     demonstrations = load_demonstrations(shots, args.data)
-    decoding = {"max_new_tokens": args.max_new_tokens, "samples": args.samples,
-                "temperature": args.temperature if args.samples > 1 else 0.0}
     models, points = {}, {task: [] for task in tasks}
     for number, name in enumerate(names, 1):
         print(f"{number}  {name}", flush=True)
         dtype = getattr(torch, args.dtype)
         model, tokenizer = load_pretrained(name, device=args.device, dtype=dtype)
         file = PredictionFile(args.out, name, weights=weights_hash(model), dtype=args.dtype,
-                              cot=args.cot, shots=shots, **decoding)
+                              cot=args.cot, shots=shots, max_new_tokens=args.max_new_tokens)
         models[name] = [
             evaluate_task(model, tokenizer, task, args.cot, args.split, args.data, args.limit,
-                          demonstrations, True, batch_size=args.batch_size, file=file, **decoding)
+                          demonstrations, True, batch_size=args.batch_size,
+                          max_new_tokens=args.max_new_tokens, file=file)
             for task in tasks]
         size = sum(parameter.numel() for parameter in model.parameters())
         for task, e in zip(tasks, models[name]):
