@@ -525,41 +525,57 @@ def scaling_plot(path, points):
     points: {label: [(parameters, accuracy in percent, standard error)]}, at least two sizes."""
     if any(len({size for size, _, _ in models}) < 2 for models in points.values()):
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
-    with new_plot(path, "parameters", "accuracy (%)") as axes:
-        axes.set_xscale("log")
-        for label, models in points.items():
-            sizes, accuracies, stderrs = map(np.array, zip(*sorted(models)))
-            slope, error, intercept = log_linear_fit(sizes, accuracies)
-            dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3)
-            label += f": {slope:+.0f}" + ("" if math.isnan(error) else f" ± {error:.0f}")
-            axes.plot(sizes, intercept + slope * np.log10(sizes), "--", color=dots.get_color(),
-                      label=f"{label} per factor 10")
+    axes, ends = new_axes("number of parameters", "accuracy (%)"), []
+    axes.set_xscale("log")
+    for label, models in points.items():
+        sizes, accuracies, stderrs = map(np.array, zip(*sorted(models)))
+        slope, error, intercept = log_linear_fit(sizes, accuracies)
+        fit = intercept + slope * np.log10(sizes)
+        dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3)
+        axes.plot(sizes, fit, "--", color=dots.get_color())
+        error = "" if math.isnan(error) else f" ± {error:.1f}"
+        label = f"{label}\n{slope:+.1f}{error} per factor 10"
+        ends.append((fit[-1], sizes[-1], label, dots.get_color()))
+    save_plot(path, axes, ends)
 
 def curves_plot(path, curves, ylabel="accuracy (%)", mark=None):
     """Plot curves over training steps: {label: [(step, mean, standard error)]}.
     mark: a step to mark with a vertical line, the selected checkpoint's."""
-    with new_plot(path, "optimizer step", ylabel) as axes:
-        for label, points in curves.items():
-            axes.errorbar(*zip(*points), fmt=".-", capsize=2, label=label)
-        if mark is not None:
-            axes.axvline(mark, color="gray", linestyle=":", label="selected checkpoint")
+    axes, ends = new_axes("optimizer steps", ylabel), []
+    for label, points in curves.items():
+        steps, means, stderrs = zip(*points)
+        line, *_ = axes.errorbar(steps, means, stderrs, fmt=".-", capsize=2)
+        ends.append((means[-1], steps[-1], label, line.get_color()))
+    if mark is not None:
+        axes.axvline(mark, color="gray", linestyle=":")
+        axes.text(mark, 1, "selected ", color="gray", ha="right", va="bottom",
+                  transform=axes.get_xaxis_transform())  # 1: the top of the plot
+    save_plot(path, axes, ends)
 
-@contextlib.contextmanager
-def new_plot(path, xlabel, ylabel):
-    """Context manager: yield the axes of a figure; at the end save it in the format of the file's
-    extension. Raises UserError if matplotlib is missing or the file cannot be written."""
+def new_axes(xlabel="", ylabel=""):
+    """Return the axes of a new figure. Raises UserError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("plots need matplotlib; run: pip install matplotlib") from None
-    axes = Figure(figsize=(6, 3.8), layout="constrained").subplots()
+    axes = Figure(figsize=(3.2, 2.5)).subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    yield axes
-    axes.legend(frameon=False, fontsize="small")
+    return axes
+
+def save_plot(path, axes, ends):
+    """Write each curve's label at its right end, moved up if it would overlap the one below it, and
+    save the figure in the format of the file's extension. ends: [(y, x, label, color)]."""
+    bottom, top = axes.get_ylim()
+    free = -math.inf  # there is room from this height on
+    for y, x, label, color in sorted(ends):
+        y = max(y, free)
+        axes.annotate(label, (x, y), (6, 0), textcoords="offset points", va="center", color=color,
+                      annotation_clip=False)
+        free = y + 0.09 * (1 + label.count("\n")) * (top - bottom)
     try:
-        axes.figure.savefig(path, dpi=150)
+        axes.figure.savefig(path, dpi=200, bbox_inches="tight")  # with room for the labels
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; choose another name") from None
 
@@ -650,6 +666,8 @@ def main():
         for path in args.models:
             print(*show_cases(path, args.show, args.tasks, args.split), sep="\n")
         return
+    if args.plot:
+        new_axes()  # if matplotlib is missing, stop here, not after the evaluation
     if args.plot and args.models[0].endswith(".jsonl"):
         return trade_off_plot(args.plot, args.models)
 

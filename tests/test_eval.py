@@ -367,7 +367,8 @@ def test_right_and_wrong_cases_are_shown_one_after_the_other(command, tmp_path, 
         assert printed == right + wrong + shown + "gold: 3.0\n----------\n"
     assert path.read_text().endswith('{"task": "sv')  # showing changes nothing
 
-def test_plots_show_a_least_squares_fit_or_say_what_is_missing(command, tmp_path, monkeypatch):
+def test_plots_show_a_least_squares_fit_or_say_what_is_missing(
+        command, refused, tmp_path, monkeypatch):
     sizes, accuracies = [80e6, 250e6, 780e6, 3e9, 11e9], [3.1, 6.0, 9.9, 20.2, 27.4]
     fit = statistics.linear_regression([math.log10(size) for size in sizes], accuracies)
     slope, error, intercept = ev.log_linear_fit(sizes, accuracies)
@@ -376,9 +377,10 @@ def test_plots_show_a_least_squares_fit_or_say_what_is_missing(command, tmp_path
     assert error == pytest.approx(covariance[0, 0] ** 0.5)
     assert math.isnan(ev.log_linear_fit(sizes[:2], accuracies[:2])[1])
     points = {"svamp": [(size, x, 1.0) for size, x in zip(sizes, accuracies)]}
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install matplotlib"):
+    with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        ev.scaling_plot(tmp_path / "a.svg", points)
+        patch.setattr(ev, "find_model", None)  # nothing is computed or downloaded before
+        assert "pip install matplotlib" in refused(ev, "google/flan-t5-base", "--plot", "a.png")
     reference("matplotlib")
     with pytest.raises(UserError, match="two sizes"):
         ev.scaling_plot(tmp_path / "a.svg", {"svamp": points["svamp"][:1] * 2})
@@ -391,6 +393,22 @@ def test_plots_show_a_least_squares_fit_or_say_what_is_missing(command, tmp_path
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="c.xyz"):
         ev.trade_off_plot("c.xyz", ["log.jsonl"])
+
+def test_curves_that_end_close_together_have_labels_that_do_not_overlap(tmp_path, monkeypatch):
+    figure = reference("matplotlib.figure").Figure
+    saved = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **options: saved.append(self))
+    names = "toy-GSM8K", "toy-ASDiv", "generic CoT", "generic answer-only"
+    points = {name: [(1e6, 50 * i, 1), (1e7, 97 + i, 1)] for i, name in enumerate(names)}
+    ev.curves_plot("a.png", points, mark=1e7)
+    ev.scaling_plot("b.png", points)
+    for plot in saved:
+        plot.canvas.draw()
+        labels = {text.get_text().split("\n")[0]: text for text in plot.axes[0].texts}
+        boxes = [labels[name].get_window_extent() for name in names]
+        assert all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:]))
+        colors = {line.get_color() for line in plot.axes[0].lines}
+        assert {labels[name].get_color() for name in names} <= colors
 
 def test_the_help_names_every_default(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command", "--help"])
