@@ -501,8 +501,9 @@ def smaller_passes(error, micro_batches, encode, args, limit):
     """Return a lower limit of tokens per pass after a pass ran out of memory. Raises the error
     again if it is another one, or if every pass holds one example already."""
     passes = [part for pairs in micro_batches
-              for part in split_into_passes(pairs, encode, limit, args.pass_weights)]
-    if not is_out_of_memory(error) or max(map(len, passes)) == 1:
+              for part in split_into_passes(pairs, encode, limit, args.pass_weights)
+              if len(part) > 1]
+    if not is_out_of_memory(error) or not passes:
         raise error
     sizes = [padded_tokens(len(part), *map(max, zip(*(lengths(pair, encode) for pair in part))),
                            args.pass_weights) for part in passes]

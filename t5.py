@@ -721,7 +721,7 @@ def best_device():
     return "cuda" if torch.cuda.is_available() else mps
 
 def free_memory(device):
-    """Return the bytes that tensors on a device can still take: 90% of what is free, because an
+    """Return the bytes that tensors on a device can still take: 85% of what is free, because an
     allocator cannot use all of it."""
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info()
@@ -732,7 +732,7 @@ def free_memory(device):
         free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
     else:  # macOS says only how much there is
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return int(0.9 * free)
+    return int(0.85 * free)
 
 def is_out_of_memory(error):
     """Return whether an error says that a device has run out of memory."""

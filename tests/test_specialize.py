@@ -300,6 +300,107 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_one(
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
+# --- memory ---
+
+def allowed(cap, model, used=lambda: 0):
+    """Return a free_memory(): 85% of what weights, gradients and so on leave of a cap."""
+    def free_memory(device):
+        held = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+        return int(0.85 * (cap - used() - sum(tensor.nbytes for tensor in held)))
+    return free_memory
+
+@pytest.fixture(scope="module")
+def solved(datasets, tokenizer):
+    """Examples of 200 real problems in the four formats, with the pool of demonstrations."""
+    pool = ev.load("gsm8k", "train", datasets)
+    records = [Record(dataclasses.replace(p, solution=ev.math_target(p, cot=True)), None, "")
+               for p in pool[:200]]
+    return build_examples(records, tokenizer, list(sp.FORMATS))[0], pool
+
+@pytest.mark.parametrize("cap, times, shape", [
+    (1, 1, dict(d_model=64, d_kv=8, d_ff=64, num_layers=2, num_heads=16)),  # attention
+    (2, 1, dict(d_model=64, d_kv=32, d_ff=512, num_layers=8, num_heads=4)),  # depth
+    (4, 4, dict(d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=2))])  # logits
+def test_training_takes_the_memory_that_there_is_and_no_more(
+        solved, tokenizer, monkeypatch, cap, times, shape):
+    torch.manual_seed(0)
+    model = T5(T5Config(**shape, dropout_rate=0.0, feed_forward_proj="gated-gelu"))
+    args = sp.parse_arguments(["--size", "base", "--device", "cpu", "--micro-batch-size",
+                               *(str(times * n) for n in (25, 35, 40, 60))])
+    sizes, encode = dict(zip(sp.FORMATS, args.micro_batch_size)), sp.cached_encoder(tokenizer)
+    batches = sp.make_batches(*solved, encode, sizes, 0, 0)
+    monkeypatch.setattr(sp, "free_memory", allowed(cap * 1e9, model))
+    sp.measure_passes(model, [pair for batch in batches for pair in batch], encode, args)
+    state = sum(sp.state_bytes(sp.count_parameters(model), args))
+    heaviest = sorted(batches, key=lambda batch: sp.padded_tokens(
+        len(batch), *map(max, zip(*(sp.lengths(pair, encode) for pair in batch))),
+        args.pass_weights))[-1:]
+    peaks = []
+    for batch in heaviest:
+        assert len(sp.split_into_passes(batch, encode, args.tokens_per_pass, args.pass_weights)) > 1
+        work = functools.partial(sp.add_gradients, model, [batch], encode, args)
+        peaks.append(state + sp.memory_of("cpu", lambda: work(args.tokens_per_pass))[0])
+    assert 0.8 * cap < max(peaks) / 1e9 <= cap
+
+def test_the_meter_counts_tensors_that_exist_at_the_same_time():
+    weights = torch.ones(1000, requires_grad=True)  # 4 kB, from before
+
+    def work():
+        a = weights * 2  # 4 kB
+        b = torch.cat([a, a]).view(2, -1)  # 8 kB; a view takes nothing
+        del a
+        return (b + 1)[0]  # 8 kB, of which a part is returned
+
+    assert sp.memory_of("cpu", work) == (16000, 8000)
+
+@pytest.mark.parametrize("loss", sp.LOSSES)
+def test_the_gradient_is_the_same_for_any_split_into_passes(codex, solved, tokenizer, loss):
+    examples, pool = solved
+    examples = build_examples(codex[:4], tokenizer, list(sp.FORMATS), loss)[0] + examples[:8]
+    encode, args = sp.cached_encoder(tokenizer), sp.parse_arguments(["--loss", loss])
+    batches = sp.make_batches(examples, pool, encode, dict(zip(sp.FORMATS, (5, 6, 9, 9))), 0, 0)
+    torch.manual_seed(0)
+    model = T5(T5Config(**SHAPE | {"dropout_rate": 0.0}))
+    results = {}
+    for limit in (math.inf, 4000, 900, 1):
+        model.zero_grad()
+        losses = torch.stack(sp.add_gradients(model, batches, encode, args, limit))
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results[limit] = losses, gradient
+    losses, gradient = results[math.inf]
+    for others, other in results.values():
+        assert torch.allclose(others, losses, rtol=1e-5)
+        assert (other - gradient).norm() < 1e-5 * gradient.norm()
+
+def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_passes(
+        train, tmp_path, monkeypatch, capsys):
+    def measured(run, fails):
+        norms, collate = [], sp.collate
+        monkeypatch.setattr(sp, "check_finite", lambda losses, norm, *_: norms.append(norm.item()))
+
+        def collate_or_fail(pairs, encode, device):
+            if len(pairs) > fails:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+            return collate(pairs, encode, device)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sp, "collate", collate_or_fail)
+            train(run, flags="--steps 3 --dropout 0 --micro-batch-size 8 8 8 8")
+        return norms
+
+    assert measured(tmp_path / "one", 2) == pytest.approx(measured(tmp_path / "two", 8), rel=1e-4)
+    assert "out of memory: this step again, with passes of at most" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="can't allocate memory"):  # main() turns it into a line
+        measured(tmp_path / "three", 0)
+
+def test_what_does_not_fit_is_refused_with_the_settings_that_do(refused, monkeypatch, teacher):
+    monkeypatch.setattr(sp, "free_memory", lambda device: 8_000_000)
+    message = refused(sp, "--teacher", "teacher.jsonl")
+    assert "cpu has 0.01 GB free: weights, gradients and optimizer of 956,672 parameters take 0.02" \
+        in message and "--optimizer adafactor" in message and f"Try: {sys.executable} " in message
+    monkeypatch.setattr(sp, "free_memory", lambda device: 16_000_000)
+    assert "the longest example, of" in refused(sp, "--teacher", "teacher.jsonl")
+
 def test_a_loss_or_gradient_that_is_not_finite_names_step_records_and_checkpoint(
         train, tmp_path, what):
     def spoil(model):
