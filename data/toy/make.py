@@ -1,7 +1,7 @@
 """The toy world: problem sets, a teacher and T5s of four sizes, all made from one seed.
 
     python data/toy/make.py world             problem sets, prompts, teacher's records, vocabulary
-    python data/toy/make.py pretrain 0.05M 1M  raw-SIZE/ and tuned-SIZE/; 1M takes 20 minutes
+    python data/toy/make.py pretrain 0.04M 1M  raw-SIZE/ and tuned-SIZE/; 1M takes 20 minutes
 
 All files are in the publishers' formats, so that the code for the real sets reads them. stories.py
 defines the problems, grammar.py the teacher. Here they become files, and the models are pretrained:
@@ -41,7 +41,7 @@ SEED = 0
 TRAIN, TEST, PER_TASK = 1000, 600, 100  # problems: gsm8k/train.jsonl, each test file, generic task
 SAMPLES, TEMPERATURE = 40, 0.5  # the teacher's solutions per question
 MERGES, VOCABULARY = 130, 512  # the teacher's BPE merges, the students' pieces
-WIDTHS = {"0.05M": 24, "0.1M": 40, "0.25M": 64, "1M": 128}  # d_model, by the number of parameters
+WIDTHS = {"0.04M": 24, "0.1M": 40, "0.25M": 64, "1M": 128}  # d_model, by the number of parameters
 RAW_STEPS, TUNE_STEPS, BATCH, WINDOW, LEARNING_RATE = 5500, 1200, 48, 16, 1e-3
 SAVE_EVERY = 16 * WINDOW
 
