@@ -7,7 +7,7 @@ problems and accuracies in eval.py.
 
     python specialize.py                                        a toy world, minutes on a CPU
     python specialize.py --size base --teacher teacher.jsonl.gz            FlanT5 on one GPU
-    python specialize.py --size base --teacher teacher.jsonl.gz --resume   continue a run
+    python specialize.py --name base --resume                              continue a run
 
 Letters: B batch, S source length, T target length, V vocabulary, K teacher candidates per token.
 """
