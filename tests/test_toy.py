@@ -114,7 +114,7 @@ def test_the_world_is_small_and_has_four_sizes_of_each_start():
             model = T5.from_pretrained(TOY / f"{start}-{size}")
             tokenizer = Tokenizer(TOY / f"{start}-{size}")
             sizes.append(sum(p.numel() for p in model.parameters()))
-            assert sizes[-1] == pytest.approx(float(size[:-1]) * 1e6, rel=0.1)
+            assert sizes[-1] == pytest.approx(float(size[:-1]) * 1e6, rel=0.12)
             assert tokenizer.split("Tom has 17 books.") == ["▁Tom", "▁has", "▁17", "▁books", "."]
         assert sizes[-1] > 16 * sizes[0]
 
