@@ -299,7 +299,6 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_one(
         train(tmp_path / f"{n}", flags=f"--steps 1 {flags}", choose=choose)
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
 # --- memory ---
 
 def allowed(cap, model, used=lambda: 0):
@@ -401,6 +400,7 @@ def test_what_does_not_fit_is_refused_with_the_settings_that_do(refused, monkeyp
     monkeypatch.setattr(sp, "free_memory", lambda device: 16_000_000)
     assert "the longest example, of" in refused(sp, "--teacher", "teacher.jsonl")
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_names_step_records_and_checkpoint(
         train, tmp_path, what):
     def spoil(model):

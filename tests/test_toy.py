@@ -152,7 +152,8 @@ def runs(tmp_path, monkeypatch):
                               "bbh": {"CoT": value, "answer-only": value}})
             lines[2]["validation"] = lines[2]["validation"] | {
                 "svamp": [(20 + 10 * seed - 35) / 100, 0.01]}
-            lines.insert(1, {"step": 5, "kl": 0.5})
+            lines.insert(1, {"step": 5, "loss": {"zero_shot_cot": 0.5}})
+            (run / "held_out.json").write_text("[[10, 0.5], [20, 0.25]]")
             (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             test = {"base": dict.fromkeys(columns, [(10 + seed) / 100, 0.01, 300]),
                     "specialized": dict.fromkeys(columns, [0.5, 0.01, 300])}
@@ -167,12 +168,14 @@ def test_findings_average_over_seeds_and_select_by_the_stated_set(runs, tmp_path
     assert findings.curve("tuned-1M", "gsm8k") == [
         (step, near(step + 10), near(error)) for step in (0, 10, 20)]
     assert findings.curve("tuned-1M", "OOD")[2] == (20, near(30 - 35 / 3), near(error))
-    assert findings.tested("raw-1M", "base", "OOD") == near([10, 11, 12])
+    assert findings.tested("raw-long", "base", "OOD") == near([10, 11, 12])
     reference("matplotlib")
     sentences = [finding() for finding in findings.FINDINGS]
     assert "OOD mean goes 10.0 ± 5.8, 20.0 ± 5.8, 18.3 ± 5.8;" in sentences[0]
     assert "rises by -0.0 ± 0.0 points before" in sentences[1]
     assert "raw start ends at 50.0 ± 0.0 and gains 39.0 ± 0.6" in sentences[2]
+    assert "With likelihood the KL on held-out solutions is 0.25 at step 20" in sentences[3]
+    assert "passes 30% never and ends at 50.0 ± 0.0" in sentences[3]
     # By GSM8K the last checkpoint is the best, by the out-of-distribution mean the one before.
     assert "changes the out-of-distribution test mean by -5.0 ± 0.0" in sentences[5]
     drawn = {path.name for path in tmp_path.glob("*.png")}
