@@ -530,7 +530,7 @@ def test_a_folder_that_transformers_5_saved_needs_the_vocabulary(
     source = real / "tokenizers" / "t5"
     (student / "spiece.model").unlink()
     transformers.T5Tokenizer.from_pretrained(source).save_pretrained(student)
-    assert not (student / "spiece.model").exists()
+    (student / "spiece.model").unlink(missing_ok=True)  # transformers 4 saves it, 5 does not
     assert re.search("no spiece.model in .*copy.*google/flan-t5-base", message())
 
 def test_missing_unknown_and_misshapen_tensors_are_named(student, message):
