@@ -184,8 +184,8 @@ def sort_in_windows(items, size, key):
     return [item for window in windows for item in sorted(window, key=key)]
 
 def split_into_passes(micro_batch, encode, limit, weights):
-    """Split a micro-batch, which is sorted by length, into passes of at most `limit` tokens, padding
-    included. A micro-batch is a unit of the optimization, a pass one of memory: the examples whose
+    """Split a micro-batch, which is sorted by length, into passes of at most `limit` tokens, with
+    padding. A micro-batch is a unit of the optimization, a pass one of memory: the examples whose
     activations exist at the same time. weights: see padded_tokens."""
     passes, S, T = [[]], 0, 0
     for pair in micro_batch:
@@ -202,8 +202,8 @@ def lengths(pair, encode):
     return len(encode_prompt(*pair, encode)), len(pair[0].labels)
 
 def padded_tokens(rows, S, T, weights):
-    """Return the size of a pass in source tokens. weights: how many of these a source token, a label
-    and a pair of them (in attention) count for; 1, 1, 0, 0, 0 counts both alike."""
+    """Return the size of a pass in source tokens. weights: how many of these each of pass_features
+    counts for; 1, 1, 0, 0, 0 counts source tokens and labels alike."""
     return rows * float(np.dot(weights, pass_features(S, T)))
 
 def pass_features(S, T):
@@ -396,6 +396,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
                 best = best_checkpoint(log.evaluations)
                 if not args.keep_checkpoints:
                     prune_checkpoints(run, keep=[step, best["step"] if best else step])
+                log.since = time.time()  # saving counts neither as training nor as evaluation
 
 # --- model selection ---
 
@@ -628,8 +629,8 @@ def does_not_fit(parameters, args, reason):
     needed = sum(state_bytes(parameters, args)) / 1e9
     command = shlex.join([sys.executable, *sys.argv, *flags])
     less = f"; {', '.join(figures)}. Try: {command}" if flags else "; choose a smaller model"
-    return UserError(f"{reason}: weights, gradients and optimizer of {parameters:,} parameters take "
-                     f"{needed:.2f} GB, the activations come on top{less}")
+    return UserError(f"{reason}: weights, gradients and optimizer of {parameters:,} parameters "
+                     f"take {needed:.2f} GB, the activations come on top{less}")
 
 def measure_passes(model, pairs, encode, args):
     """Set args.tokens_per_pass to what the device has memory for, and args.pass_weights.
@@ -749,8 +750,8 @@ def plan(model, tokenizer, examples, pool, args):
     print(f"{args.device}, {args.precision}, {count_parameters(model):,} parameters: "
           f"{', '.join(memory)}; passes of at most {args.tokens_per_pass:,} tokens.\n"
           f"{steps:,} steps, {count} evaluations. Estimate: training {duration(training)}, "
-          f"evaluations {duration(checkpoint * count)}, last table {duration(2 * last)} (if outputs "
-          f"have {tokens} tokens)", flush=True)
+          f"evaluations {duration(checkpoint * count)}, last table {duration(2 * last)} (if "
+          f"outputs have {tokens} tokens)", flush=True)
 
 def duration(seconds):
     """Format a time: 40 s, 3.5 min or 12.1 h."""
@@ -761,7 +762,7 @@ def duration(seconds):
 # --- a run's folder: arguments, log, checkpoints ---
 
 def find_run(typed):
-    """Return the run's folder and, with --resume, its settings. typed: the command line's options."""
+    """Return the run's folder and, with --resume, its settings. typed: the options given."""
     name = typed.get("name") or typed.get("size") or "toy"
     folders = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     existing = list(itertools.takewhile(lambda run: (run / "arguments.json").exists(), folders))
@@ -1003,11 +1004,13 @@ DEFAULTS = dict(
     epochs=10, steps=None, optimizer="adamw", learning_rate=5e-4, schedule="cosine", warmup=10,
     weight_decay=0.01, max_grad_norm=1.0, dropout=None, gradient_checkpointing=False,
     tokens_per_pass=None, keep_checkpoints=False, validation_limit=None, bbh_limit=0,
-    test_limit=None, shots=0, demonstrations=None, skip_bbh=False, eval_batch_size=64, max_new_tokens=256, log_every=10,
+    test_limit=None, shots=0, demonstrations=None, skip_bbh=False, eval_batch_size=64,
+    max_new_tokens=256, log_every=10,
     seed=0, device=best_device(), threads=torch.get_num_threads(), precision=None)
 # What a resumed run may change: all that is not the mathematics. Files may move, not change.
 MAY_CHANGE = ("model", "data", "teacher", "gradient_checkpointing", "tokens_per_pass", "device",
-              "keep_checkpoints", "test_limit", "shots", "demonstrations", "skip_bbh", "eval_batch_size", "log_every",
+              "keep_checkpoints", "test_limit", "shots", "demonstrations", "skip_bbh",
+              "eval_batch_size", "log_every",
               "threads")
 
 def parse_arguments(arguments=None):
@@ -1053,7 +1056,7 @@ def parse_arguments(arguments=None):
         "not depend on it", "what fits", type=positive)
     add("--gradient-checkpointing", "less memory for a third more time", "no",
         action=argparse.BooleanOptionalAction)
-    add("--precision", "bf16: matrix products; bf16-weights: weights and gradients, half the memory",
+    add("--precision", "bf16: matrix products; bf16-weights: also weights and gradients",
         "bf16 on a GPU that has it, else fp32", choices=["fp32", "bf16", "bf16-weights"])
     add("--checkpoint-every", "optimizer steps between evaluated checkpoints", type=positive)
     add("--keep-checkpoints", "keep all checkpoints, not only the best and the last", "no",

@@ -339,9 +339,10 @@ class T5(nn.Module):
         return max(1, (2048 if self.shared.weight.is_cpu else 8192) // S)
 
     def generation_memory(self, S, T):
-        """Return the bytes that generate() takes: at any number of rows, and for each row of S source
-        and T output tokens, whose keys and values it keeps for every decoder block."""
-        c, size, rows = self.config, attention_dtype(self.shared.weight).itemsize, self.chunk_rows(S)
+        """Return the bytes that generate() takes: at any number of rows, and for each row of S
+        source and T output tokens, whose keys and values it keeps for every decoder block."""
+        size = attention_dtype(self.shared.weight).itemsize
+        c, rows = self.config, self.chunk_rows(S)
         encoder = (rows + 2) * c.num_heads * S * S * size + 6 * 8 * S * S  # biases, their buckets
         encoder += rows * S * (4 * c.d_ff + 8 * c.d_model) * size
         kv = 2 * c.num_decoder_layers * c.num_heads * c.d_kv * (S + T) * size

@@ -187,8 +187,8 @@ def finding_4():
     for (label, cells), points in zip(rows, curves.values()):
         reached = [f"by step {step}" for step, value, _ in points if value >= 30] or ["never"]
         early, late = losses[label][1], losses[label][-1]
-        parts.append(f"With {label} the KL on held-out solutions is {early[1]:.2f} at step {early[0]} "
-                     f"and {late[1]:.2f} at the end; the out-of-distribution mean passes 30% "
+        parts.append(f"With {label} the KL on held-out solutions is {early[1]:.2f} at step "
+                     f"{early[0]} and {late[1]:.2f} at the end; the out-of-distribution mean passes 30% "
                      f"{reached[0]} and ends at {text(*mean(cells[1]))}")
     return f"{'. '.join(parts)}."
 
