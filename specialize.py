@@ -1136,7 +1136,7 @@ def read_sets(args):
     """Read, and download, all problem sets before training starts. Return {name: hash of content},
     also of the teacher's records, so that a resumed run has the same."""
     sets = {"math": [load("gsm8k", "train", args.data)]}
-    sets["math"] += [load(task, "test", args.data) for task in DATASETS]
+    sets["math"] += [load(task, "all", args.data) for task in DATASETS]
     if args.bbh_limit or not args.skip_bbh:
         sets["bbh"] = [(load(task, "test", args.data), bbh_prompt(task, "", True, args.data))
                        for task in bbh_tasks(args.data)]
@@ -1148,6 +1148,7 @@ def read_sets(args):
 def specialize(args, run):
     """Train, select a checkpoint, and report what was gained and lost."""
     torch.set_num_threads(args.threads)
+    make_deterministic(args.seed)  # before the first operation on a GPU
     with torch.device("meta"):  # nothing but config.json is downloaded yet
         parameters = count_parameters(T5(read_config(args.model)))
     needed, free = sum(state_bytes(parameters, args)), free_memory(args.device)
@@ -1176,7 +1177,7 @@ def specialize(args, run):
         return
     if not args.resume:
         atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
-    make_deterministic(args.seed)
+    torch.manual_seed(args.seed)  # again, because the plan's passes drew dropout masks
     best = train(model, tokenizer, examples, pool, args, run)
 
     model = T5.from_pretrained(run / f"checkpoint-{best['step']}", dtype=weights_dtype(args))

@@ -439,7 +439,8 @@ def names_file(path, what, remedy="download it again"):
         yield
     except Exception as error:  # torch.load raises many kinds, none of them documented
         if Path(path).is_file() and open(path, "rb").read(23) == b"version https://git-lfs":
-            raise UserError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull`") from None
+            message = f"{path}: a git-lfs pointer, not the file; run `git lfs pull`"
+            raise UserError(message) from None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
         raise UserError(f"{path}: not {what} ({reason}); {remedy}") from None
 
@@ -472,7 +473,7 @@ def read_weights(name_or_dir):
             for key in ("state_dict", "model_state_dict", "model"):
                 stored = stored.get(key, stored)  # the weights in a training script's checkpoint
             for name, tensor in stored.items():
-                # torch.compile, DDP and Lightning put prefixes before names; embed_tokens is a copy.
+                # torch.compile, DDP and Lightning prefix names; embed_tokens is a copy.
                 name = re.sub(r"\b(_orig_mod|module|model)\.", "", name)
                 weights[re.sub(r"^(en|de)coder\.embed_tokens", "shared", name)] = tensor
     return weights

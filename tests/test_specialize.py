@@ -301,11 +301,11 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_large_one(
 
 # --- memory ---
 
-def allowed(cap, model, used=lambda: 0):
-    """Return a free_memory(): 85% of what weights, gradients and so on leave of a cap."""
+def allowed(cap, model):
+    """Return a free_memory(): 85% of what weights and gradients leave of a cap."""
     def free_memory(device):
         held = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
-        return int(0.85 * (cap - used() - sum(tensor.nbytes for tensor in held)))
+        return int(0.85 * (cap - sum(tensor.nbytes for tensor in held)))
     return free_memory
 
 @pytest.fixture(scope="module")

@@ -188,8 +188,8 @@ def finding_4():
         reached = [f"by step {step}" for step, value, _ in points if value >= 30] or ["never"]
         early, late = losses[label][1], losses[label][-1]
         parts.append(f"With {label} the KL on held-out solutions is {early[1]:.2f} at step "
-                     f"{early[0]} and {late[1]:.2f} at the end; the out-of-distribution mean passes 30% "
-                     f"{reached[0]} and ends at {text(*mean(cells[1]))}")
+                     f"{early[0]} and {late[1]:.2f} at the end; the out-of-distribution mean "
+                     f"passes 30% {reached[0]} and ends at {text(*mean(cells[1]))}")
     return f"{'. '.join(parts)}."
 
 @functools.cache
