@@ -247,6 +247,20 @@ def bbh_demonstrations(task, cot, folder):
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; delete it to download it again") from None
 
+def problems_and_prompts(task, cot, split="test", folder=DEFAULT_DATA, limit=None,
+                         demonstrations=()):
+    """Return a task's problems, each with its input: [(Problem, text)]. "bbh" is all BBH tasks.
+    limit: at most this many problems per task. demonstrations: Problems that precede each math
+    problem (BBH has its own three); see load_demonstrations()."""
+    if task == "bbh":
+        return [pair for name in bbh_tasks(folder)
+                for pair in problems_and_prompts(name, cot, "test", folder, limit)]
+    if task in DATASETS:
+        return [(problem, math_prompt(problem.question, cot, demonstrations))
+                for problem in load(task, split, folder)[:limit]]
+    return [(problem, bbh_prompt(task, problem.question, cot, folder))
+            for problem in load(task, "test", folder)[:limit]]
+
 # --- answers ---
 
 # Other spellings of numbers -> the spelling that NUMBER reads, replaced in this order.
@@ -312,18 +326,17 @@ def authors_match(output, answer, is_math, cot):
 
 # --- accuracy ---
 
-def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tokens=256,
+def evaluate(model, tokenizer, problems, prompts=None, batch_size=32, max_new_tokens=256,
              task="gsm8k", cot=True, file=None):
     """Evaluate a model on problems with greedy decoding.
 
-    prompt: a function from question to input (default: zero-shot math, chain of thought or not).
+    prompts: the input for each problem (default: zero-shot math, chain of thought or not).
     task: the name that predictions carry; it decides on the authors' rule.
     file: a PredictionFile; outputs already in it are re-scored but not generated again.
     Return an Evaluation with the predictions in the order of the problems."""
     if not problems:
         raise UserError(f"{task}: no problem to evaluate; raise --limit")
-    prompt = prompt or functools.partial(math_prompt, cot=cot)
-    prompts = [prompt(problem.question) for problem in problems]
+    prompts = prompts or [math_prompt(problem.question, cot) for problem in problems]
     outputs = [file.known.get((task, text)) if file else None for text in prompts]
     missing = [i for i, output in enumerate(outputs) if output is None]
     input_ids = {i: tokenizer.encode(prompts[i]) for i in missing}
@@ -370,19 +383,15 @@ def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA
                   demonstrations=(), verbose=False, **options):
     """Evaluate a task by name; "bbh" is the mean over all BBH tasks. BBH has only a test part.
 
-    limit: at most this many problems per task. demonstrations: Problems that precede each math
-    problem (BBH has its own three); see load_demonstrations().
-    verbose: print a line for each task when its evaluation ends. options: see evaluate()."""
+    limit, demonstrations: see problems_and_prompts(). options: see evaluate().
+    verbose: print a line for each task when its evaluation ends."""
     if task == "bbh":
         parts = [evaluate_task(model, tokenizer, name, cot, "test", folder, limit, verbose=verbose,
                                **options) for name in bbh_tasks(folder)]
         return summarize([prediction for part in parts for prediction in part.predictions])
     start = time.time()
-    prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
-    if task not in DATASETS:
-        split, prompt = "test", functools.partial(bbh_prompt, task, cot=cot, folder=folder)
-    problems = load(task, split, folder)[:limit]
-    result = evaluate(model, tokenizer, problems, prompt, task=task, cot=cot, **options)
+    problems, prompts = zip(*problems_and_prompts(task, cot, split, folder, limit, demonstrations))
+    result = evaluate(model, tokenizer, problems, prompts, task=task, cot=cot, **options)
     if verbose:
         shots = f", {len(demonstrations)} shots" if demonstrations and task in DATASETS else ""
         print(f"{display_name(task, folder)}{shots}{'' if cot else ', answer-only'}: {result} % of "

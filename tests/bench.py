@@ -28,8 +28,8 @@ import numpy as np
 from transformers import T5ForConditionalGeneration as Reference
 from align import align_batch
 from eval import Problem, evaluate, load, math_prompt, math_target
-from specialize import FORMATS, SIZES, Record, batch_loss, build_examples, encode_prompt, kl_loss
-from specialize import make_batches, make_optimizer
+from specialize import FORMATS, SIZES, Record, batch_loss, build_examples, kl_loss, make_batches
+from specialize import make_optimizer
 from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, packed_weights, pad_sequences
 
 for name in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} - user_settings:
@@ -182,8 +182,8 @@ def bench_evaluation(args):
     tokenizer, (model, their_model) = Tokenizer(VOCABULARY), both_models()
     problems = load("gsm8k", "test", DATASETS)[: args.problems]
     demonstrations = load("gsm8k", "train", DATASETS)[:4]
-    prompt = functools.partial(math_prompt, cot=True, demonstrations=demonstrations)
-    inputs = [tokenizer.encode(prompt(problem.question)) for problem in problems]
+    prompts = [math_prompt(problem.question, True, demonstrations) for problem in problems]
+    inputs = list(map(tokenizer.encode, prompts))
     ends = torch.tensor([len(tokenizer.encode(problem.solution)) for problem in problems])
     position = {tuple(ids): i for i, ids in enumerate(inputs)}
     generate = model.generate
@@ -191,7 +191,7 @@ def bench_evaluation(args):
         order = [position[tuple(ids[ids != PAD].tolist())] for ids in sources]
         return generate(sources, **options, logits_processor=force_ends(ends[order]))
     def ours():
-        evaluate(model, tokenizer, problems, prompt, batch_size=32, max_new_tokens=128)
+        evaluate(model, tokenizer, problems, prompts, batch_size=32, max_new_tokens=128)
     def plain_loop():
         for start in range(0, len(problems), 32):
             batch = slice(start, start + 32)
@@ -260,11 +260,9 @@ def bench_padding(args):
     tokenizer, pool = Tokenizer(VOCABULARY), load("gsm8k", "train", DATASETS)
     solved = [Problem(p.question, p.answer, math_target(p, cot=True)) for p in pool]
     examples, _ = build_examples([Record(p, None, "") for p in solved], tokenizer, FORMATS, "nll")
-    encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
-    sizes = dict(zip(FORMATS, SIZES["base"]["micro_batch_size"]))
     used, total = np.zeros(2), np.zeros(2)  # tokens of inputs and of targets
-    for batch in make_batches(examples, pool, encode, sizes, seed=0, epoch=0):
-        lengths = [(len(encode_prompt(*pair, encode)), len(pair[0].labels)) for pair in batch]
+    for batch in make_batches(examples, pool, tokenizer, SIZES["base"]["micro_batch_size"], 0, 0):
+        lengths = [(len(example.input_ids), len(example.labels)) for example in batch]
         used += np.sum(lengths, axis=0)
         total += np.max(lengths, axis=0) * len(batch)
     shares = 1 - used.sum() / total.sum(), 1 - used[1] / total[1]
