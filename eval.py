@@ -10,7 +10,6 @@ authors is computed beside it. Tables, plots and the command come last.
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5 import UserError, best_device, download, free_memory, in_range, is_out_of_memory
-from t5 import load_pretrained, model_file, packed_weights, pad_sequences, run_command
+from t5 import load_pretrained, model_file, pad_sequences, run_command
 from t5 import show_progress
 
 import numpy as np
@@ -345,26 +344,25 @@ def evaluate(model, tokenizer, problems, prompts=None, batch_size=32, max_new_to
     # they fit into memory, all do.
     order = sorted(input_ids, key=lambda i: -len(input_ids[i]))
     device = model.shared.weight.device
-    with packed_weights(model.decoder, model.lm_head):
-        while order:
-            fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
-            rows = int((free_memory(device.type) - fixed) / row)
-            batch = order[: max(1, min(batch_size, rows))]
-            source = pad_sequences([input_ids[i] for i in batch], device)
-            try:
-                generated = model.generate(source, max_new_tokens=max_new_tokens).tolist()
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
-                    raise
-                batch_size = len(batch) // 2
-                print(f"out of memory: {task} goes on with batches of {batch_size}", flush=True)
-                continue
-            for i, ids in zip(batch, generated):
-                outputs[i] = tokenizer.decode(ids)
-                if file:
-                    file.add(score(problems[i], task, prompts[i], outputs[i], cot))
-            order = order[len(batch) :]
-            show_progress(f"{task}: {len(problems) - len(order)} of {len(problems)}")
+    while order:
+        fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
+        rows = int((free_memory(device.type) - fixed) / row)
+        batch = order[: max(1, min(batch_size, rows))]
+        source = pad_sequences([input_ids[i] for i in batch], device)
+        try:
+            generated = model.generate(source, max_new_tokens=max_new_tokens).tolist()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(batch) == 1:
+                raise
+            batch_size = len(batch) // 2
+            print(f"out of memory: {task} goes on with batches of {batch_size}", flush=True)
+            continue
+        for i, ids in zip(batch, generated):
+            outputs[i] = tokenizer.decode(ids)
+            if file:
+                file.add(score(problems[i], task, prompts[i], outputs[i], cot))
+        order = order[len(batch) :]
+        show_progress(f"{task}: {len(problems) - len(order)} of {len(problems)}")
     show_progress("")
     return summarize([score(problem, task, prompts[i], outputs[i], cot)
                       for i, problem in enumerate(problems)])
