@@ -345,8 +345,8 @@ def evaluate(model, tokenizer, problems, prompts=None, batch_size=32, max_new_to
     order = sorted(input_ids, key=lambda i: -len(input_ids[i]))
     device = model.shared.weight.device
     while order:
-        fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
-        rows = int((free_memory(device.type) - fixed) / row)
+        rows = model.generation_rows(len(input_ids[order[0]]), max_new_tokens,
+                                     free_memory(device.type))
         batch = order[: max(1, min(batch_size, rows))]
         source = pad_sequences([input_ids[i] for i in batch], device)
         try:

@@ -340,15 +340,24 @@ class T5(nn.Module):
         """Return the number of rows of length S that the encoder reads at a time in generate()."""
         return max(1, (2048 if self.shared.weight.is_cpu else 8192) // S)
 
-    def generation_memory(self, S, T):
-        """Return the bytes that generate() takes: at any number of rows, and for each row of S
-        source and T output tokens, whose keys and values it keeps for every decoder block."""
-        size = attention_dtype(self.shared.weight).itemsize
-        c, rows = self.config, self.chunk_rows(S)
-        encoder = (rows + 2) * c.num_heads * S * S * size + 6 * 8 * S * S  # biases, their buckets
-        encoder += rows * S * (4 * c.d_ff + 8 * c.d_model) * size
-        kv = 2 * c.num_decoder_layers * c.num_heads * c.d_kv * (S + T) * size
-        return encoder, kv + 4 * c.vocab_size * size
+    def generation_rows(self, S, T, free):
+        """Return how many rows of S source and T output tokens generate() can take in `free` bytes:
+        beside the attention bias and the activations of a chunk, while it encodes, all keys and
+        values of the source must fit, and then those of the outputs and the logits."""
+        c, weight, chunk = self.config, self.shared.weight, self.chunk_rows(S)
+        own, size = weight.itemsize, attention_dtype(weight).itemsize
+        if size != own:  # autocast keeps copies of the weights
+            free -= size * sum(parameter.numel() for parameter in self.parameters())
+        kv = 2 * c.num_decoder_layers * c.num_heads * c.d_kv * size  # of one token
+        activations = 5 * c.d_model + max(3 * c.d_ff, 4 * c.num_heads * c.d_kv)  # of one token
+        position_bias = c.num_heads * S * S * own
+        bias = chunk * c.num_heads * S * S * size
+        encoder = max(
+            position_bias + 5 * 8 * S * S,  # and the buckets, in int64
+            position_bias + bias + (bias // chunk if size != own else 0),
+            bias * (1 if weight.is_cpu else 2) + chunk * S * activations * size)  # GPUs may pad it
+        return int(min((free - encoder) / (kv * S),
+                       free / (kv * (S + T) + 2 * c.vocab_size * size)))
 
     def hf_tensors(self, of=lambda parameter: parameter.data):
         """Return {name in Hugging Face files: tensor}; pass of=lambda p: p.grad for gradients."""
@@ -412,8 +421,8 @@ def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
     movers = n + (~finished[n:]).nonzero()[:, 0]
     for tensor in (rows, token, memory_bias):
         tensor[slots] = tensor[movers]
-    for tensor in (memory_kv, kv_cache):
-        tensor[:, :, slots] = tensor[:, :, movers]
+    for tensor in (*memory_kv, *kv_cache):  # one layer at a time, to copy less at once
+        tensor[:, slots] = tensor[:, movers]
     return rows[:n], token[:n], memory_bias[:n], memory_kv[:, :, :n], kv_cache[:, :, :n]
 
 # --- files and downloads: config.json, tensor names, weights ---
