@@ -10,7 +10,6 @@ authors is computed beside it. Tables, plots and the command come last.
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
@@ -123,12 +122,15 @@ def bbh_tasks(folder):
     found = {path.stem for path in Path(folder).glob("bbh/bbh/[!.]*.json")}
     return sorted(found) if found - set(BBH_TASKS) else BBH_TASKS
 
-def display_name(task, folder, cot=True):
-    """Return a task's name for tables, so that nobody takes the toy world for the real sets."""
+def display_name(task, folder, cot=True, shots=0):
+    """Return a task's name for tables and plots: which set it is, so that nobody takes the toy
+    world for the real ones, and how it is prompted. shots: demonstrations; BBH has its own."""
     is_toy = Path(folder).resolve() == TOY
     if task == "bbh":
         return f"{'generic' if is_toy else 'BBH'} {'CoT' if cot else 'answer-only'}"
-    return "toy-" * is_toy + (DATASETS[task].name if task in DATASETS else task)
+    name = "toy-" * is_toy + (DATASETS[task].name if task in DATASETS else task)
+    name += f", {shots} shots" if shots and task in DATASETS else ""
+    return name if cot else f"{name}, answer-only"
 
 def data_file(folder, name):
     """Return the path of a file in the data folder, after downloading it if it is missing."""
@@ -384,8 +386,7 @@ def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA
     problems = load(task, split, folder)[:limit]
     result = evaluate(model, tokenizer, problems, prompt, task=task, cot=cot, **options)
     if verbose:
-        shots = f", {len(demonstrations)} shots" if demonstrations and task in DATASETS else ""
-        print(f"{display_name(task, folder)}{shots}{'' if cot else ', answer-only'}: {result} % of "
+        print(f"{display_name(task, folder, cot, len(demonstrations))}: {result} % of "
               f"{len(problems):,} problems, {time.time() - start:.0f} s", flush=True)
     return result
 
@@ -592,7 +593,8 @@ def trade_off_plot(path, logs):
             measured = entry.get("validation", {}) | entry.get("bbh", {})
             for task, (accuracy, stderr) in measured.items():
                 is_bbh = task in ("CoT", "answer-only")
-                name = display_name("bbh" if is_bbh else task, run.get("data", ""), task == "CoT")
+                name = display_name("bbh" if is_bbh else task, run.get("data", ""),
+                                    cot=task != "answer-only")
                 point = entry["step"], 100 * accuracy, 100 * stderr
                 curves.setdefault(prefix + name, []).append(point)
     if not curves:
@@ -692,7 +694,8 @@ def main():
         size = sum(parameter.numel() for parameter in model.parameters())
         for task, e in zip(tasks, models[name]):
             points[task].append((size, 100 * e.accuracy, 100 * e.stderr))
-    print(f"\n{compare([display_name(task, args.data, args.cot) for task in tasks], models)}")
+    rows = [display_name(task, args.data, args.cot, len(demonstrations)) for task in tasks]
+    print(f"\n{compare(rows, models)}")
     if args.plot:
         scaling_plot(args.plot, points)
 

@@ -230,6 +230,18 @@ def test_a_set_of_ones_own_takes_a_parser_and_an_entry(tmp_path, monkeypatch, co
     with pytest.raises(UserError, match="mine.jsonl, line 2: not enough values"):
         ev.load("mine", "test", tmp_path)
 
+@pytest.mark.parametrize("folder, arguments, name", [
+    ("sets", ("gsm8k",), "GSM8K"), (TOY, ("gsm8k",), "toy-GSM8K"),
+    ("sets", ("gsm8k", True, 4), "GSM8K, 4 shots"),
+    ("sets", ("gsm8k", False), "GSM8K, answer-only"),
+    (TOY, ("svamp", False, 4), "toy-SVAMP, 4 shots, answer-only"),
+    ("sets", ("bbh", True, 4), "BBH CoT"), (TOY, ("bbh", False), "generic answer-only"),
+    ("sets", ("navigate", True, 4), "navigate"),
+    ("sets", ("navigate", False), "navigate, answer-only")])
+def test_a_row_is_named_by_set_and_prompt(folder, arguments, name):
+    task, *prompt = arguments
+    assert ev.display_name(task, folder, *prompt) == name
+
 # --- accuracy ---
 
 def test_accuracy_is_the_share_of_right_answers_in_the_order_of_the_problems(student):
@@ -308,7 +320,9 @@ def test_the_command_compares_models_by_both_rules_and_generates_nothing_twice(c
                ["authors' rule, %", "1", "2"]]
     for text, header in zip(tables, headers, strict=True):
         first, *rows = [re.split("  +", line) for line in text.splitlines()]
-        assert first == header and [row[0] for row in rows] == ["toy-SVAMP", "toy-opposites"]
+        assert first == header
+        names = ["toy-SVAMP, 4 shots, answer-only", "toy-opposites, answer-only"]
+        assert [row[0] for row in rows] == names
         assert all(len(row) == len(header) and "±" in row[-1] for row in rows)
     lines = ev.read_predictions(tmp_path / "out.jsonl")
     assert [line["model"] for line in lines] == ["raw"] * 8 + ["student"] * 8
