@@ -26,8 +26,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5 import UserError, best_device, download, free_memory, in_range, is_out_of_memory
-from t5 import load_pretrained, model_file, packed_weights, pad_sequences, run_command
+from t5 import T5, UserError, best_device, download, free_memory, in_range, is_out_of_memory
+from t5 import load_pretrained, packed_weights, pad_sequences, read_config, run_command
 from t5 import show_progress
 
 import numpy as np
@@ -444,6 +444,7 @@ class PredictionFile:
 def read_predictions(path):
     """Read a file of predictions as dicts. Raises UserError if it is something else."""
     lines, predictions = Path(path).read_bytes().splitlines(), []
+    remedy = "choose another file for --out or --show"
     for number, line in enumerate(lines, 1):
         try:
             prediction = json.loads(line)
@@ -451,10 +452,10 @@ def read_predictions(path):
             continue  # cut short
         keys = ("task", "prompt", "output")
         if type(prediction) is not dict or not all(type(prediction.get(k)) is str for k in keys):
-            raise UserError(f"{path}, line {number}: not a prediction; choose another --out")
+            raise UserError(f"{path}, line {number}: not a prediction; {remedy}")
         predictions.append(prediction)
     if lines and not predictions and not lines[0].startswith(b"{"):
-        raise UserError(f"{path}: not a file of predictions; choose another --out")
+        raise UserError(f"{path}: not a file of predictions; {remedy}")
     return predictions
 
 def table(columns, rows, title="accuracy, %"):
@@ -486,8 +487,12 @@ def compare(names, models):
 
 def show_cases(path, count, tasks=(), split="all"):
     """Yield lines that fit the terminal: up to `count` right and wrong predictions per model, task
-    and settings. tasks: names, "bbh" for all that are not math sets, or nothing for all.
+    and settings. path: a file of predictions or a run's folder.
+    tasks: names, "bbh" for all that are not math sets, or nothing for all.
     split: the part of the math sets, or "all"; predictions of older versions do not name theirs."""
+    path = Path(path) / "predictions.jsonl" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: No such file; give --show a run or a file of predictions")
     width = shutil.get_terminal_size().columns
     groups = {}
     for p in read_predictions(path):
@@ -524,8 +529,6 @@ def log_linear_fit(parameters, accuracies):
 def scaling_plot(path, points):
     """Plot accuracy against model size, with the log-linear fit.
     points: {label: [(parameters, accuracy in percent, standard error)]}, at least two sizes."""
-    if any(len({size for size, _, _ in models}) < 2 for models in points.values()):
-        raise UserError("a scaling plot needs models of at least two sizes; add a model")
     axes, ends = new_axes("number of parameters", "accuracy (%)"), []
     axes.set_xscale("log")
     for label, models in points.items():
@@ -621,7 +624,8 @@ def parse_arguments():
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Evaluate T5s on math and BIG-Bench Hard.")
     add, positive = parser.add_argument, in_range(int, above=0)
-    add("models", nargs="+", metavar="MODEL", help="folders of models or runs, or hub names")
+    add("models", nargs="+", metavar="MODEL",
+        help="folders of models or runs, or hub names; or files for --show or --plot")
     add("--tasks", type=lambda text: re.split(r"[, ]+", text), default=[],
         help=f"{','.join(DATASETS)} (default), bbh, or the names of BBH tasks")
     add("--shots", type=int, default=0, choices=[0, 4],
@@ -637,7 +641,7 @@ def parse_arguments():
     add("--out", type=Path, default=Path("runs/predictions.jsonl"),
         help="file of predictions; those in it are not generated again (default: %(default)s)")
     add("--show", type=in_range(int), metavar="N", help="show N right and N wrong predictions per "
-        "task of the files given as MODEL, and exit (default: evaluate)")
+        "task of the files or runs given as MODEL, and exit (default: evaluate)")
     add("--plot", type=Path, metavar="PICTURE", help="plot accuracy against model size, or the "
         "accuracies in the log.jsonl of runs, given as MODEL (default: no plot)")
     add("--device", choices=sorted({"cpu", best_device()}), default=best_device(),
@@ -646,15 +650,16 @@ def parse_arguments():
     return parser.parse_args()
 
 def find_model(name):
-    """Return a model's folder or hub name, after checking it; a run's folder becomes its model/."""
+    """Return a model's folder or hub name, and its number of parameters, for which config.json
+    suffices. A run's folder becomes its model/."""
     run = Path(name)
     if (run / "arguments.json").exists():
         name = str(run / "model")
         if not (run / "model").exists():
             checkpoints = ", ".join(map(str, sorted(run.glob("checkpoint-*")))) or "not saved yet"
             raise UserError(f"{run}: not finished; its checkpoints are {checkpoints}")
-    model_file(name, "config.json")
-    return name
+    with torch.device("meta"):  # tensors with shapes but without values
+        return name, sum(parameter.numel() for parameter in T5(read_config(name)).parameters())
 
 def weights_hash(model):
     """Return a short hash of the first 64 numbers of every parameter."""
@@ -670,17 +675,23 @@ def main():
         return
     if args.plot:
         new_axes()  # if matplotlib is missing, stop here, not after the evaluation
-    if args.plot and args.models[0].endswith(".jsonl"):
-        return trade_off_plot(args.plot, args.models)
+    logs = [name for name in args.models if name.endswith(".jsonl")]
+    if args.plot and logs == args.models:
+        return trade_off_plot(args.plot, logs)
+    if logs:
+        raise UserError(f"{logs[0]}: not a model; give --plot either models or log.jsonl files, "
+                        "and --show files of predictions")
 
-    names = [find_model(name) for name in args.models]
+    sizes = dict(map(find_model, args.models))  # {name: number of parameters}
+    if args.plot and len(set(sizes.values())) < 2:
+        raise UserError("a scaling plot needs models of at least two sizes; add a model")
     tasks = args.tasks or list(DATASETS)
     for task in sorted(set(tasks) - {"bbh"}):
         load(task, "test", args.data)  # find what is missing before evaluating the first model
     shots = args.demonstrations or args.shots
     demonstrations = load_demonstrations(shots, args.data)
-    models, points = {}, {task: [] for task in tasks}
-    for number, name in enumerate(names, 1):
+    models = {}
+    for number, name in enumerate(sizes, 1):
         print(f"{number}  {name}", flush=True)
         dtype = getattr(torch, args.dtype)
         model, tokenizer = load_pretrained(name, device=args.device, dtype=dtype)
@@ -691,12 +702,13 @@ def main():
                           demonstrations, True, batch_size=args.batch_size,
                           max_new_tokens=args.max_new_tokens, file=file)
             for task in tasks]
-        size = sum(parameter.numel() for parameter in model.parameters())
-        for task, e in zip(tasks, models[name]):
-            points[task].append((size, 100 * e.accuracy, 100 * e.stderr))
     rows = [display_name(task, args.data, args.cot, len(demonstrations)) for task in tasks]
     print(f"\n{compare(rows, models)}")
     if args.plot:
+        points = {}
+        for row, evaluations in zip(rows, zip(*models.values())):
+            points[row] = [(size, 100 * e.accuracy, 100 * e.stderr)
+                           for size, e in zip(sizes.values(), evaluations)]
         scaling_plot(args.plot, points)
 
 if __name__ == "__main__":

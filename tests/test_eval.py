@@ -380,6 +380,8 @@ def test_right_and_wrong_cases_are_shown_one_after_the_other(command, tmp_path, 
         printed = command(ev, "--show", 1, "--tasks", "svamp", "--split", split, path)
         assert printed == right + wrong + shown + "gold: 3.0\n----------\n"
     assert path.read_text().endswith('{"task": "sv')  # showing changes nothing
+    run = command(ev, "--show", 1, "--tasks", "svamp", "--split", "test", tmp_path)
+    assert run == printed  # a run's folder stands for its predictions
 
 def test_plots_show_a_least_squares_fit_or_say_what_is_missing(
         command, refused, tmp_path, monkeypatch):
@@ -396,8 +398,6 @@ def test_plots_show_a_least_squares_fit_or_say_what_is_missing(
         patch.setattr(ev, "find_model", None)  # nothing is computed or downloaded before
         assert "pip install matplotlib" in refused(ev, "google/flan-t5-base", "--plot", "a.png")
     reference("matplotlib")
-    with pytest.raises(UserError, match="two sizes"):
-        ev.scaling_plot(tmp_path / "a.svg", {"svamp": points["svamp"][:1] * 2})
     ev.scaling_plot(tmp_path / "a.svg", points)
     assert (tmp_path / "a.svg").read_text().count("<path") > 10
     (tmp_path / "log.jsonl").write_text('{"step": 1, "kl": 0.5}\n' + "".join(
@@ -407,6 +407,26 @@ def test_plots_show_a_least_squares_fit_or_say_what_is_missing(
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="c.xyz"):
         ev.trade_off_plot("c.xyz", ["log.jsonl"])
+    for files in (["log.jsonl", TOY / "tuned-1M"], [tmp_path, "log.jsonl"]):
+        message = refused(ev, *files, "--plot", "d.png")
+        assert "log.jsonl: not a model; give --plot either models or log.jsonl files" in message
+
+def test_a_scaling_plot_takes_sizes_from_the_configs_and_names_from_the_table(
+        command, refused, monkeypatch):
+    reference("matplotlib")
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "load_pretrained", None)  # the sizes are compared before any evaluation
+        message = refused(ev, TOY / "raw-1M", TOY / "tuned-1M", "--plot", "a.png")
+        assert "models of at least two sizes" in message
+    plots = []
+    monkeypatch.setattr(ev, "scaling_plot", lambda path, points: plots.append(points))
+    models = [TOY / "tuned-0.1M", TOY / "tuned-0.04M"]
+    command(ev, *models, "--plot", "a.png", "--data", TOY, "--tasks", "svamp,bbh", "--limit", 2,
+            "--max-new-tokens", 2, "--shots", 4, "--device", "cpu")
+    (points,) = plots
+    assert list(points) == ["toy-SVAMP, 4 shots", "generic CoT"]
+    sizes = [sum(p.numel() for p in T5.from_pretrained(model).parameters()) for model in models]
+    assert all([size for size, *_ in values] == sizes for values in points.values())
 
 def test_curves_that_end_close_together_have_labels_that_do_not_overlap(tmp_path, monkeypatch):
     figure = reference("matplotlib.figure").Figure
@@ -467,7 +487,7 @@ def test_a_damaged_problem_set_is_refused(name, fault, content, tmp_path, refuse
     assert f"sets/{name}" in message and fault in message
 
 @pytest.mark.parametrize("option, fault, content", [
-    ("--show", "No such file", None), ("--show", "no prediction", ""),
+    ("--show", "No such file; give --show a run", None), ("--show", "no prediction", ""),
     ("--show", "not a file of predictions", "notes\nand more\n"),
     ("--show", "line 1: not a prediction", '{"step": 1}\n'),
     ("--plot", "No such file", None), ("--plot", "no validation yet", '{"step": 1}\n{"st'),
@@ -482,6 +502,10 @@ def test_a_damaged_file_of_results_is_refused(option, fault, content, tmp_path, 
                  "--out": [TOY / "tuned-1M", "--data", TOY, "--out", "some.jsonl"]}[option]
     message = refused(ev, *arguments)
     assert "some.jsonl" in message and fault in message
+
+def test_a_model_has_no_predictions_to_show(refused):
+    message = refused(ev, TOY / "tuned-1M", "--show", 3)
+    assert f"{TOY / 'tuned-1M' / 'predictions.jsonl'}: No such file; give --show a run" in message
 
 def test_what_is_missing_or_unknown_says_what_to_choose(tmp_path, refused, monkeypatch):
     for task, part, message in (("svamp", "train", "svamp has no 'train' part; choose from valid"),
