@@ -49,10 +49,10 @@ class Problem:
     split: str = ""  # "validation" or "test", if its set has parts
 
     def __post_init__(self):
-        if not (isinstance(self.question, str) and self.question.strip()):
+        if not isinstance(self.question, str) or not self.question.strip():
             raise ValueError("the question is empty or not a string")
-        if not (math.isfinite(self.answer) if isinstance(self.answer, float)
-                else isinstance(self.answer, str) and self.answer):
+        is_number = isinstance(self.answer, float) and math.isfinite(self.answer)
+        if not is_number and not (isinstance(self.answer, str) and self.answer):
             raise ValueError(f"the answer {self.answer!r} is neither a finite float nor text")
 
 def parse_gsm8k(line):
@@ -140,43 +140,48 @@ def data_file(folder, name):
     repository, path, sha256 = SOURCES.get(name, (BBH_SOURCE, name.removeprefix("bbh/"), None))
     return download(f"{GITHUB}/{repository}/{path}", target, sha256)
 
+def find_dataset(task, folder):
+    """Return the Dataset of a math set or of a BBH task, which has only a test part."""
+    if task in DATASETS:
+        return DATASETS[task]
+    if task in bbh_tasks(folder):
+        return Dataset(task, f"bbh/bbh/{task}.json", parse_bbh, 0, validate=False, select=False)
+    raise UserError(f"no task {task!r}; choose from {', '.join([*DATASETS, *bbh_tasks(folder)])}")
+
 def load(task, split="test", folder=DEFAULT_DATA):
     """Return the problems of a math set or of a BBH task as a list of Problem.
 
     split: "train" (only GSM8K has one), "validation", "test" or "all". Validation and test parts
-    are drawn with a fixed seed and are in random order, so that the first n are a sample. All of a
-    BBH task is its test part. Raises UserError naming the file and the problem."""
-    if task not in (known := [*DATASETS, *bbh_tasks(folder)]):
-        raise UserError(f"no task {task!r}; choose from {', '.join(known)}")
-    parts = ["validation"] * (task in DATASETS) + ["test", "all"] + ["train"] * (task == "gsm8k")
+    are drawn with a fixed seed and are in random order, so that the first n are a sample. Raises
+    UserError naming the file and the problem."""
+    dataset = find_dataset(task, folder)
+    parts = ["validation"] * (dataset.validation > 0) + ["test", "all"]
+    parts += ["train"] * (task == "gsm8k")
     if split not in parts:
         raise UserError(f"{task} has no {split!r} part; choose from {', '.join(parts)}")
     if split == "train":
         return read_problems(data_file(folder, "gsm8k/train.jsonl"), parse_gsm8k)
-    size, file, parse = 0, f"bbh/bbh/{task}.json", parse_bbh
-    if task in DATASETS:
-        size, file, parse = DATASETS[task].validation, DATASETS[task].file, DATASETS[task].parse
-    problems = read_problems(data_file(folder, file), parse)
+    problems = read_problems(data_file(folder, dataset.file), dataset.parse)
     shuffled = list(problems)
     random.Random(0).shuffle(shuffled)
-    size = min(size, len(problems) // 2)
+    size = min(dataset.validation, len(problems) // 2)
     for i, problem in enumerate(shuffled):
         problem.split = "validation" if i < size else "test"
-    return {"validation": shuffled[:size], "test": shuffled[size:], "all": problems}[split]
+    return problems if split == "all" else [p for p in shuffled if p.split == split]
 
 def load_demonstrations(source, folder=DEFAULT_DATA):
     """Return demonstrations for math prompts, a list of Problems: those in a file in GSM8K's
     format, or a number of them drawn from GSM8K's training set with a fixed seed."""
-    if isinstance(source, int):
-        return random.Random(0).sample(load("gsm8k", "train", folder) if source else [], source)
-    return read_problems(source, parse_gsm8k)
+    if not isinstance(source, int):
+        return read_problems(source, parse_gsm8k)
+    return random.Random(0).sample(load("gsm8k", "train", folder), source) if source else []
 
-BAD_DATA = ValueError, LookupError, TypeError, AttributeError, RecursionError  # what parsers raise
+# What parsers raise; ElementTree's is a SyntaxError.
+BAD_DATA = ValueError, LookupError, TypeError, AttributeError, RecursionError, SyntaxError
 
 def read_problems(path, parse):
     """Read a file of problems. Raises UserError naming the file and the line or problem."""
     problems = []
-    remedy = "fix the file; a publisher's file is downloaded again after you delete it"
     try:
         for entry in read_entries(path):
             problems.append(parse(entry))
@@ -185,10 +190,11 @@ def read_problems(path, parse):
         return problems
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; put the file there") from None
-    except (*BAD_DATA, ElementTree.ParseError) as error:
+    except BAD_DATA as error:
         fault = f"no key {error}" if isinstance(error, KeyError) else error
         unit = "line" if Path(path).suffix == ".jsonl" else "problem"
-        raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; {remedy}") from None
+        raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; fix the file; a publisher's "
+                        "file is downloaded again after you delete it") from None
 
 def read_entries(path):
     """Return the entries of a file: lines, the objects of a JSON list (in BBH's files the list
@@ -228,24 +234,20 @@ def math_demonstration(problem, cot):
     return f"{ask}{math_target(problem, cot)}\n\n"
 
 def bbh_prompt(task, question, cot, folder=DEFAULT_DATA):
-    """Return a BBH question after the benchmark's three demonstrations of its task."""
-    ask = "A: Let's think step by step." if cot else "A:"
-    return f"{bbh_demonstrations(task, cot, folder)}Q: {question}\n{ask}"
-
-@functools.cache
-def bbh_demonstrations(task, cot, folder):
-    """Return a task's description and demonstrations; answer-only drops their reasoning."""
+    """Return a BBH question after the description of its task and the benchmark's three
+    demonstrations, which lose their reasoning if the prompt is answer-only."""
     path = data_file(folder, f"bbh/cot-prompts/{task}.txt")
     try:
-        text = path.read_text(encoding="utf-8").partition("-----\n")[2].strip()
-        if not text:
+        shown = path.read_text(encoding="utf-8").partition("-----\n")[2].strip()
+        if not shown:
             raise ValueError("no demonstrations after a line of five hyphens")
-        if not cot:
-            reasoning = r"A: Let's think step by step\..*?[Tt]he answer is (.*?)\.?(?=\n\nQ: |\Z)"
-            text, count = re.subn(reasoning, r"A: \1", text, flags=re.DOTALL)
-            if count != text.count("\nQ: "):
-                raise ValueError("not every demonstration ends in 'the answer is ...'")
-        return text + "\n\n"
+        if cot:
+            return f"{shown}\n\nQ: {question}\nA: Let's think step by step."
+        reasoning = r"A: Let's think step by step\..*?[Tt]he answer is (.*?)\.?(?=\n\nQ: |\Z)"
+        shown, count = re.subn(reasoning, r"A: \1", shown, flags=re.DOTALL)
+        if count != shown.count("\nQ: "):
+            raise ValueError("not every demonstration ends in 'the answer is ...'")
+        return f"{shown}\n\nQ: {question}\nA:"
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; delete it to download it again") from None
 
@@ -375,20 +377,21 @@ def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA
     limit: at most this many problems per task. demonstrations: Problems that precede each math
     problem (BBH has its own three); see load_demonstrations().
     verbose: print a line for each task when its evaluation ends. options: see evaluate()."""
-    if task == "bbh":
-        parts = [evaluate_task(model, tokenizer, name, cot, "test", folder, limit, verbose=verbose,
-                               **options) for name in bbh_tasks(folder)]
-        return summarize([prediction for part in parts for prediction in part.predictions])
-    start = time.time()
-    prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
-    if task not in DATASETS:
-        split, prompt = "test", functools.partial(bbh_prompt, task, cot=cot, folder=folder)
-    problems = load(task, split, folder)[:limit]
-    result = evaluate(model, tokenizer, problems, prompt, task=task, cot=cot, **options)
-    if verbose:
-        print(f"{display_name(task, folder, cot, len(demonstrations))}: {result} % of "
-              f"{len(problems):,} problems, {time.time() - start:.0f} s", flush=True)
-    return result
+    predictions = []
+    for name in bbh_tasks(folder) if task == "bbh" else [task]:
+        start = time.time()
+        if name in DATASETS:
+            problems = load(name, split, folder)[:limit]
+            prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
+        else:
+            problems = load(name, "test", folder)[:limit]
+            prompt = functools.partial(bbh_prompt, name, cot=cot, folder=folder)
+        e = evaluate(model, tokenizer, problems, prompt, task=name, cot=cot, **options)
+        predictions += e.predictions
+        if verbose:
+            print(f"{display_name(name, folder, cot, len(demonstrations))}: {e} % of "
+                  f"{len(problems):,} problems, {time.time() - start:.0f} s", flush=True)
+    return summarize(predictions)
 
 @dataclass
 class Evaluation:
