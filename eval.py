@@ -430,10 +430,9 @@ class PredictionFile:
     def __init__(self, path, model, **settings):
         self.path = Path(path)
         self.origin = {"model": model, "settings": settings}
-        self.known = {}  # {(task, prompt): output}
-        for p in read_predictions(path) if self.path.exists() else ():
-            if {key: p.get(key) for key in self.origin} == self.origin:
-                self.known[p["task"], p["prompt"]] = p["output"]
+        stored = read_predictions(path) if self.path.exists() else []
+        self.known = {(p["task"], p["prompt"]): p["output"] for p in stored
+                      if (p.get("model"), p.get("settings")) == (model, settings)}
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             with open(self.path, "a") as file:
                 file.write("\n")  # end a line that was cut short
@@ -462,9 +461,9 @@ def read_predictions(path):
     return predictions
 
 def table(columns, rows, title="accuracy, %"):
-    """Format a table: a title and column names, then rows (name, [Evaluation or None])."""
+    """Format a table: a title and column names, then rows (name, [Evaluation])."""
     lines = [[title, *columns]]
-    lines += [[name, *("-" if e is None else str(e) for e in entries)] for name, entries in rows]
+    lines += [[name, *map(str, evaluations)] for name, evaluations in rows]
     first, *widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(f"{name:<{first}}" + "".join(f"  {x:>{n}}" for x, n in zip(cells, widths))
                      for name, *cells in lines)
@@ -473,19 +472,18 @@ def compare(names, models):
     """Compare models, {name: [Evaluation per task]}: tables with a row per task (names) and a
     column per model, which goes by its number. They contain the accuracies by exact match, the
     paired differences to the first model, and the accuracies by the authors' rules."""
-
-    def rows(evaluations, rule="correct", baseline=None):
-        return [(name, [summarize(e[i].predictions, rule, baseline and baseline[i].predictions)
-                        for e in evaluations]) for i, name in enumerate(names)]
-
-    first, *others = models.values()
-    numbers = [str(number) for number, _ in enumerate(models, 1)]
+    exact, differences, by_authors = [], [], []
+    for name, evaluations in zip(names, zip(*models.values())):
+        first, *others = outputs = [e.predictions for e in evaluations]
+        exact.append((name, evaluations))
+        differences.append((name, [summarize(other, "correct", first) for other in others]))
+        by_authors.append((name, [summarize(each, "correct_by_authors") for each in outputs]))
+    numbers = [str(number) for number in range(1, len(models) + 1)]
     legend = "\n".join(map("  ".join, zip(numbers, models)))
-    blocks = [legend, table(numbers, rows(models.values()))]
-    if others:
+    blocks = [legend, table(numbers, exact), table(numbers, by_authors, "authors' rule, %")]
+    if len(models) > 1:
         columns = [f"{number} - 1" for number in numbers[1:]]
-        blocks.append(table(columns, rows(others, baseline=first), "difference, %"))
-    blocks.append(table(numbers, rows(models.values(), "correct_by_authors"), "authors' rule, %"))
+        blocks.insert(2, table(columns, differences, "difference, %"))
     return "\n\n".join(blocks)
 
 def show_cases(path, count, tasks=(), split="all"):
@@ -532,32 +530,28 @@ def log_linear_fit(parameters, accuracies):
 def scaling_plot(path, points):
     """Plot accuracy against model size, with the log-linear fit.
     points: {label: [(parameters, accuracy in percent, standard error)]}, at least two sizes."""
-    axes, ends = new_axes("number of parameters", "accuracy (%)"), []
+    axes = new_axes("number of parameters", "accuracy (%)")
     axes.set_xscale("log")
     for label, models in points.items():
-        sizes, accuracies, stderrs = map(np.array, zip(*sorted(models)))
+        sizes, accuracies, stderrs = zip(*sorted(models))
         slope, error, intercept = log_linear_fit(sizes, accuracies)
-        fit = intercept + slope * np.log10(sizes)
-        dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3)
-        axes.plot(sizes, fit, "--", color=dots.get_color())
         error = "" if math.isnan(error) else f" ± {error:.1f}"
         label = f"{label}\n{slope:+.1f}{error} per factor 10"
-        ends.append((fit[-1], sizes[-1], label, dots.get_color()))
-    save_plot(path, axes, ends)
+        dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3, label=label)
+        axes.plot(sizes, intercept + slope * np.log10(sizes), "--", color=dots.get_color())
+    save_plot(path, axes)
 
 def curves_plot(path, curves, ylabel="accuracy (%)", mark=None):
     """Plot curves over training steps: {label: [(step, mean, standard error)]}.
     mark: a step to mark with a vertical line, the selected checkpoint's."""
-    axes, ends = new_axes("optimizer steps", ylabel), []
+    axes = new_axes("optimizer steps", ylabel)
     for label, points in curves.items():
-        steps, means, stderrs = zip(*points)
-        line, *_ = axes.errorbar(steps, means, stderrs, fmt=".-", capsize=2)
-        ends.append((means[-1], steps[-1], label, line.get_color()))
+        axes.errorbar(*zip(*points), fmt=".-", capsize=2, label=label)
     if mark is not None:
         axes.axvline(mark, color="gray", linestyle=":")
         axes.text(mark, 1, "selected ", color="gray", ha="right", va="bottom",
                   transform=axes.get_xaxis_transform())  # 1: the top of the plot
-    save_plot(path, axes, ends)
+    save_plot(path, axes)
 
 def new_axes(xlabel="", ylabel=""):
     """Return the axes of a new figure. Raises UserError if matplotlib is missing."""
@@ -571,15 +565,16 @@ def new_axes(xlabel="", ylabel=""):
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 
-def save_plot(path, axes, ends):
-    """Write each curve's label at its right end, moved up if it would overlap the one below it, and
-    save the figure in the format of the file's extension. ends: [(y, x, label, color)]."""
+def save_plot(path, axes):
+    """Write the label of each error bar plot at its right end, moved up if it would overlap the
+    one below it, and save the figure in the format of the file's extension."""
     bottom, top = axes.get_ylim()
     free = -math.inf  # there is room from this height on
-    for y, x, label, color in sorted(ends):
-        y = max(y, free)
-        axes.annotate(label, (x, y), (6, 0), textcoords="offset points", va="center", color=color,
-                      annotation_clip=False)
+    for bars in sorted(axes.containers, key=lambda bars: bars[0].get_ydata()[-1]):
+        x, y = bars[0].get_xydata()[-1]
+        y, label = max(y, free), bars.get_label()
+        axes.annotate(label, (x, y), (6, 0), textcoords="offset points", va="center",
+                      color=bars[0].get_color(), annotation_clip=False)
         free = y + 0.09 * (1 + label.count("\n")) * (top - bottom)
     try:
         axes.figure.savefig(path, dpi=200, bbox_inches="tight")  # with room for the labels
