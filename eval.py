@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5 import T5, UserError, best_device, download, free_memory, in_range, is_out_of_memory
-from t5 import load_pretrained, packed_weights, pad_sequences, read_config, run_command
-from t5 import show_progress
+from t5 import load_pretrained, names_file, packed_weights, pad_sequences, read_config
+from t5 import run_command, show_progress
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait: that must precede torch
@@ -95,14 +95,14 @@ def parse_gold_answer(text):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A math problem set."""
+    """A problem set: a math set, or a task of BBH, which has only a test part."""
 
     name: str
     file: str  # its path in the data folder (.jsonl, .json or .xml)
     parse: Callable  # a function from one entry (a line, an object, a node) to a Problem
-    validation: int  # the size of the validation part (at most half); no set has an official one
-    validate: bool  # evaluate the validation part at every checkpoint
-    select: bool  # count it in the choice of the checkpoint; this needs validate
+    validation: int = 0  # the size of the validation part, at most half; none is official
+    validate: bool = False  # evaluate the validation part at every checkpoint
+    select: bool = False  # count it in the choice of the checkpoint; this needs validate
 
 # GSM8K is in distribution (training uses its training set), so it does not select.
 DATASETS = {
@@ -123,8 +123,8 @@ def bbh_tasks(folder):
     return sorted(found) if found - set(BBH_TASKS) else BBH_TASKS
 
 def display_name(task, folder, cot=True, shots=0):
-    """Return a task's name for tables and plots: which set it is, so that nobody takes the toy
-    world for the real ones, and how it is prompted. shots: demonstrations; BBH has its own."""
+    """Return a task's name for tables: its set, so that nobody takes the toy world for the real
+    ones, and its prompt. shots: the number of demonstrations of a math problem."""
     is_toy = Path(folder).resolve() == TOY
     if task == "bbh":
         return f"{'generic' if is_toy else 'BBH'} {'CoT' if cot else 'answer-only'}"
@@ -134,27 +134,21 @@ def display_name(task, folder, cot=True, shots=0):
 
 def data_file(folder, name):
     """Return the path of a file in the data folder, after downloading it if it is missing."""
-    target = Path(folder) / name
     if name not in SOURCES and not name.startswith("bbh/"):
-        return target
+        return Path(folder) / name
     repository, path, sha256 = SOURCES.get(name, (BBH_SOURCE, name.removeprefix("bbh/"), None))
-    return download(f"{GITHUB}/{repository}/{path}", target, sha256)
-
-def find_dataset(task, folder):
-    """Return the Dataset of a math set or of a BBH task, which has only a test part."""
-    if task in DATASETS:
-        return DATASETS[task]
-    if task in bbh_tasks(folder):
-        return Dataset(task, f"bbh/bbh/{task}.json", parse_bbh, 0, validate=False, select=False)
-    raise UserError(f"no task {task!r}; choose from {', '.join([*DATASETS, *bbh_tasks(folder)])}")
+    return download(f"{GITHUB}/{repository}/{path}", Path(folder) / name, sha256)
 
 def load(task, split="test", folder=DEFAULT_DATA):
     """Return the problems of a math set or of a BBH task as a list of Problem.
-
     split: "train" (only GSM8K has one), "validation", "test" or "all". Validation and test parts
     are drawn with a fixed seed and are in random order, so that the first n are a sample. Raises
     UserError naming the file and the problem."""
-    dataset = find_dataset(task, folder)
+    known = DATASETS | {name: Dataset(name, f"bbh/bbh/{name}.json", parse_bbh)
+                        for name in bbh_tasks(folder)}
+    if task not in known:
+        raise UserError(f"no task {task!r}; choose from {', '.join(known)}")
+    dataset = known[task]
     parts = ["validation"] * (dataset.validation > 0) + ["test", "all"]
     parts += ["train"] * (task == "gsm8k")
     if split not in parts:
@@ -176,9 +170,6 @@ def load_demonstrations(source, folder=DEFAULT_DATA):
         return read_problems(source, parse_gsm8k)
     return random.Random(0).sample(load("gsm8k", "train", folder), source) if source else []
 
-# What parsers raise; ElementTree's is a SyntaxError.
-BAD_DATA = ValueError, LookupError, TypeError, AttributeError, RecursionError, SyntaxError
-
 def read_problems(path, parse):
     """Read a file of problems. Raises UserError naming the file and the line or problem."""
     problems = []
@@ -190,7 +181,7 @@ def read_problems(path, parse):
         return problems
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; put the file there") from None
-    except BAD_DATA as error:
+    except Exception as error:  # parsers raise many kinds
         fault = f"no key {error}" if isinstance(error, KeyError) else error
         unit = "line" if Path(path).suffix == ".jsonl" else "problem"
         raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; fix the file; a publisher's "
@@ -225,8 +216,8 @@ def math_prompt(question, cot, demonstrations=()):
     answer-only, zero-shot or with demonstrations (Problems) in context."""
     if not cot and not demonstrations:
         return f"Q: {question} A:"
-    ask = f"Q: {question}\n" + ("Let's think step by step" if cot else "A:")
-    return "".join(math_demonstration(problem, cot) for problem in demonstrations) + ask
+    shown = "".join(math_demonstration(problem, cot) for problem in demonstrations)
+    return f"{shown}Q: {question}\n" + ("Let's think step by step" if cot else "A:")
 
 def math_demonstration(problem, cot):
     """Return a solved problem as it precedes the question in context."""
@@ -237,7 +228,7 @@ def bbh_prompt(task, question, cot, folder=DEFAULT_DATA):
     """Return a BBH question after the description of its task and the benchmark's three
     demonstrations, which lose their reasoning if the prompt is answer-only."""
     path = data_file(folder, f"bbh/cot-prompts/{task}.txt")
-    try:
+    with names_file(path, "a prompt of BBH", "delete it to download it again"):
         shown = path.read_text(encoding="utf-8").partition("-----\n")[2].strip()
         if not shown:
             raise ValueError("no demonstrations after a line of five hyphens")
@@ -248,8 +239,6 @@ def bbh_prompt(task, question, cot, folder=DEFAULT_DATA):
         if count != shown.count("\nQ: "):
             raise ValueError("not every demonstration ends in 'the answer is ...'")
         return f"{shown}\n\nQ: {question}\nA:"
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; delete it to download it again") from None
 
 # --- answers ---
 
@@ -304,7 +293,6 @@ def exact_match(output, answer):
 
 def authors_match(output, answer, is_math, cot):
     """Score an output by the rules behind the paper's figures; answer is a text.
-
     Math: the last digits of output and answer agree, so signs do not count and "1,080" is read as
     80. BBH: the answer occurs between the first "the answer is" (in lower case) and the second or
     the end, or anywhere in an answer-only output."""
@@ -372,20 +360,16 @@ def score(problem, task, prompt, output, cot):
 
 def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None,
                   demonstrations=(), verbose=False, **options):
-    """Evaluate a task by name; "bbh" is the mean over all BBH tasks. BBH has only a test part.
-
+    """Evaluate a task by name; "bbh" is the mean over all BBH tasks, which have only a test part.
     limit: at most this many problems per task. demonstrations: Problems that precede each math
-    problem (BBH has its own three); see load_demonstrations().
-    verbose: print a line for each task when its evaluation ends. options: see evaluate()."""
+    problem (BBH has its own three). verbose: print a line per task. options: see evaluate()."""
     predictions = []
     for name in bbh_tasks(folder) if task == "bbh" else [task]:
         start = time.time()
+        prompt = functools.partial(bbh_prompt, name, cot=cot, folder=folder)
         if name in DATASETS:
-            problems = load(name, split, folder)[:limit]
             prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
-        else:
-            problems = load(name, "test", folder)[:limit]
-            prompt = functools.partial(bbh_prompt, name, cot=cot, folder=folder)
+        problems = load(name, split if name in DATASETS else "test", folder)[:limit]
         e = evaluate(model, tokenizer, problems, prompt, task=name, cot=cot, **options)
         predictions += e.predictions
         if verbose:
@@ -406,7 +390,6 @@ class Evaluation:
 
 def summarize(predictions, rule="correct", baseline=None):
     """Average predictions over tasks; return an Evaluation.
-
     rule: "correct" (exact match) or "correct_by_authors".
     baseline: another model's predictions for the same problems; returns the paired difference."""
     scores = {}  # task: one number per problem
@@ -422,10 +405,8 @@ def summarize(predictions, rule="correct", baseline=None):
 
 class PredictionFile:
     """Predictions in a JSONL file, written line by line, so that an evaluation can be resumed.
-
-    Each line records the model's name and the settings that affect its output (weights, decoding).
-    A line is reused only if task, prompt, model and settings are the same, so one file can hold
-    several models. A line cut short by an interruption is ignored."""
+    An output is used again only if task, prompt, model and the settings that affect it (weights,
+    decoding) are the same, so one file can hold several models."""
 
     def __init__(self, path, model, **settings):
         self.path = Path(path)
@@ -445,19 +426,17 @@ class PredictionFile:
 
 def read_predictions(path):
     """Read a file of predictions as dicts. Raises UserError if it is something else."""
-    lines, predictions = Path(path).read_bytes().splitlines(), []
-    remedy = "choose another file for --out or --show"
-    for number, line in enumerate(lines, 1):
-        try:
-            prediction = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # cut short
-        keys = ("task", "prompt", "output")
-        if type(prediction) is not dict or not all(type(prediction.get(k)) is str for k in keys):
-            raise UserError(f"{path}, line {number}: not a prediction; {remedy}")
-        predictions.append(prediction)
-    if lines and not predictions and not lines[0].startswith(b"{"):
-        raise UserError(f"{path}: not a file of predictions; {remedy}")
+    predictions = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        with names_file(f"{path}, line {number}", "a prediction", "choose another --out or --show"):
+            try:
+                prediction = json.loads(line)
+            except (ValueError, RecursionError):
+                if number > 1 or line.startswith(b"{"):
+                    continue  # cut short
+                raise
+            "".join(prediction[key] for key in ("task", "prompt", "output"))  # raises if not texts
+            predictions.append(prediction)
     return predictions
 
 def table(columns, rows, title="accuracy, %"):
@@ -468,29 +447,26 @@ def table(columns, rows, title="accuracy, %"):
     return "\n".join(f"{name:<{first}}" + "".join(f"  {x:>{n}}" for x, n in zip(cells, widths))
                      for name, *cells in lines)
 
-def compare(names, models):
-    """Compare models, {name: [Evaluation per task]}: tables with a row per task (names) and a
-    column per model, which goes by its number. They contain the accuracies by exact match, the
-    paired differences to the first model, and the accuracies by the authors' rules."""
-    exact, differences, by_authors = [], [], []
-    for name, evaluations in zip(names, zip(*models.values())):
-        first, *others = outputs = [e.predictions for e in evaluations]
-        exact.append((name, evaluations))
-        differences.append((name, [summarize(other, "correct", first) for other in others]))
-        by_authors.append((name, [summarize(each, "correct_by_authors") for each in outputs]))
+def compare(models, rows):
+    """Compare models, which go by their numbers, in tables with a row per task. They contain the
+    accuracies by exact match, the paired differences to the first model, and the accuracies by the
+    authors' rules. rows: [(name, [Evaluation per model])]."""
+    differences, by_authors = [], []
+    for name, evaluations in rows:
+        outputs = [e.predictions for e in evaluations]
+        differences.append((name, [summarize(p, "correct", outputs[0]) for p in outputs[1:]]))
+        by_authors.append((name, [summarize(p, "correct_by_authors") for p in outputs]))
     numbers = [str(number) for number in range(1, len(models) + 1)]
-    legend = "\n".join(map("  ".join, zip(numbers, models)))
-    blocks = [legend, table(numbers, exact), table(numbers, by_authors, "authors' rule, %")]
+    blocks = ["\n".join(map("  ".join, zip(numbers, models))), table(numbers, rows)]
     if len(models) > 1:
-        columns = [f"{number} - 1" for number in numbers[1:]]
-        blocks.insert(2, table(columns, differences, "difference, %"))
+        blocks.append(table([f"{n} - 1" for n in numbers[1:]], differences, "difference, %"))
+    blocks.append(table(numbers, by_authors, "authors' rule, %"))
     return "\n\n".join(blocks)
 
 def show_cases(path, count, tasks=(), split="all"):
     """Yield lines that fit the terminal: up to `count` right and wrong predictions per model, task
-    and settings. path: a file of predictions or a run's folder.
-    tasks: names, "bbh" for all that are not math sets, or nothing for all.
-    split: the part of the math sets, or "all"; predictions of older versions do not name theirs."""
+    and settings, from a file or a run's folder. tasks: names, "bbh" for all but the math sets, or
+    nothing for all. split: a part of math sets, or "all"; old predictions do not name theirs."""
     path = Path(path) / "predictions.jsonl" if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise UserError(f"{path}: No such file; give --show a run or a file of predictions")
@@ -566,8 +542,7 @@ def new_axes(xlabel="", ylabel=""):
     return axes
 
 def save_plot(path, axes):
-    """Write the label of each error bar plot at its right end, moved up if it would overlap the
-    one below it, and save the figure in the format of the file's extension."""
+    """Write each curve's label at its right end, moved up so that none overlap; save the figure."""
     bottom, top = axes.get_ylim()
     free = -math.inf  # there is room from this height on
     for bars in sorted(axes.containers, key=lambda bars: bars[0].get_ydata()[-1]):
@@ -592,10 +567,9 @@ def trade_off_plot(path, logs):
         prefix = f"{log.parent.name}, " if len(logs) > 1 else ""
         for entry in read_log(log):
             measured = entry.get("validation", {}) | entry.get("bbh", {})
-            for task, (accuracy, stderr) in measured.items():
-                is_bbh = task in ("CoT", "answer-only")
-                name = display_name("bbh" if is_bbh else task, run.get("data", ""),
-                                    cot=task != "answer-only")
+            for column, (accuracy, stderr) in measured.items():
+                task = "bbh" if column in ("CoT", "answer-only") else column
+                name = display_name(task, run.get("data", ""), cot=column != "answer-only")
                 point = entry["step"], 100 * accuracy, 100 * stderr
                 curves.setdefault(prefix + name, []).append(point)
     if not curves:
@@ -605,16 +579,13 @@ def trade_off_plot(path, logs):
 def read_log(path):
     """Read a run's log.jsonl as a list of dicts, without a last line that was cut short."""
     entries = []
-    try:
-        for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        with names_file(f"{path}, line {number}", "an entry of a log", "delete this line"):
             entry = json.loads(line)
             int(entry["step"])  # these raise if the entry is none of a log's
             dict(entry.get("validation", {}).values())
             entries.append(entry)
-        return entries
-    except BAD_DATA as error:
-        raise UserError(f"{path}, line {len(entries) + 1}: not an entry of a log ({error}); delete "
-                        "this line") from None
+    return entries
 
 # --- the command ---
 
@@ -622,15 +593,13 @@ def parse_arguments():
     """Parse the command line."""
     parser = argparse.ArgumentParser(description="Evaluate T5s on math and BIG-Bench Hard.")
     add, positive = parser.add_argument, in_range(int, above=0)
-    add("models", nargs="+", metavar="MODEL",
-        help="folders of models or runs, or hub names; or files for --show or --plot")
+    add("models", nargs="+", metavar="MODEL", help="folders of models or runs, or hub names")
     add("--tasks", type=lambda text: re.split(r"[, ]+", text), default=[],
         help=f"{','.join(DATASETS)} (default), bbh, or the names of BBH tasks")
     add("--shots", type=int, default=0, choices=[0, 4],
         help="demonstrations before a math problem, from GSM8K's training set (default: 0)")
     add("--demonstrations", metavar="FILE", help="your own, in GSM8K's format (default: none)")
-    add("--answer-only", dest="cot", action="store_false",
-        help="prompt without chain of thought (default: with)")
+    add("--answer-only", dest="cot", action="store_false", help="no reasoning (default: with it)")
     add("--data", type=Path, default=DEFAULT_DATA, help="problem sets (default: %(default)s)")
     add("--split", default="test", choices=["validation", "test", "all"], help="default: test")
     add("--limit", type=positive, help="problems per task (default: all)")
@@ -648,15 +617,14 @@ def parse_arguments():
     return parser.parse_args()
 
 def find_model(name):
-    """Return a model's folder or hub name, and its number of parameters, for which config.json
-    suffices. A run's folder becomes its model/."""
+    """Return a model's folder (a run's is its model/) or hub name, and its number of parameters."""
     run = Path(name)
     if (run / "arguments.json").exists():
         name = str(run / "model")
         if not (run / "model").exists():
             checkpoints = ", ".join(map(str, sorted(run.glob("checkpoint-*")))) or "not saved yet"
             raise UserError(f"{run}: not finished; its checkpoints are {checkpoints}")
-    with torch.device("meta"):  # tensors with shapes but without values
+    with torch.device("meta"):  # shapes without values, for which config.json suffices
         return name, sum(parameter.numel() for parameter in T5(read_config(name)).parameters())
 
 def weights_hash(model):
@@ -684,27 +652,27 @@ def main():
     if args.plot and len(set(sizes.values())) < 2:
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
     tasks = args.tasks or list(DATASETS)
-    for task in sorted(set(tasks) - {"bbh"}):
-        load(task, "test", args.data)  # find what is missing before evaluating the first model
+    for task in tasks:
+        if task != "bbh":
+            load(task, "test", args.data)  # find what is missing before evaluating the first model
     shots = args.demonstrations or args.shots
     demonstrations = load_demonstrations(shots, args.data)
-    models = {}
+    rows = [(display_name(task, args.data, args.cot, len(demonstrations)), []) for task in tasks]
     for number, name in enumerate(sizes, 1):
         print(f"{number}  {name}", flush=True)
         dtype = getattr(torch, args.dtype)
         model, tokenizer = load_pretrained(name, device=args.device, dtype=dtype)
         file = PredictionFile(args.out, name, weights=weights_hash(model), dtype=args.dtype,
                               cot=args.cot, shots=shots, max_new_tokens=args.max_new_tokens)
-        models[name] = [
-            evaluate_task(model, tokenizer, task, args.cot, args.split, args.data, args.limit,
-                          demonstrations, True, batch_size=args.batch_size,
-                          max_new_tokens=args.max_new_tokens, file=file)
-            for task in tasks]
-    rows = [display_name(task, args.data, args.cot, len(demonstrations)) for task in tasks]
-    print(f"\n{compare(rows, models)}")
+        for task, (_, evaluations) in zip(tasks, rows):
+            evaluations.append(evaluate_task(
+                model, tokenizer, task, args.cot, args.split, args.data, args.limit,
+                demonstrations, verbose=True, batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens, file=file))
+    print(f"\n{compare(sizes, rows)}")
     if args.plot:
         points = {}
-        for row, evaluations in zip(rows, zip(*models.values())):
+        for row, evaluations in rows:
             points[row] = [(size, 100 * e.accuracy, 100 * e.stderr)
                            for size, e in zip(sizes.values(), evaluations)]
         scaling_plot(args.plot, points)

@@ -340,15 +340,15 @@ def test_the_table_scores_the_same_outputs_by_both_rules():
     cases = [(-5.0, "so 5"), (1234.0, "so 1,234"), (7.0, "so 7"), (8.0, "so -8")]
     e = ev.summarize([ev.score(ev.Problem("a", answer), "svamp", "p", output, True)
                       for answer, output in cases])
-    _, exact, by_authors = ev.compare(["SVAMP"], {"student": [e]}).split("\n\n")
+    _, exact, by_authors = ev.compare(["student"], [("SVAMP", [e])]).split("\n\n")
     assert exact.splitlines()[1].split()[:2] == ["SVAMP", "50.0"]
     assert by_authors.splitlines()[1].split()[:2] == ["SVAMP", "75.0"]
 
 def test_tables_of_three_models_and_all_bbh_tasks_fit_80_columns():
-    right, wrong = ([ev.Evaluation(0, 0, [{"task": "a", "correct": x, "correct_by_authors": x}])
-                     for _ in ev.BBH_TASKS] for x in (True, False))
-    models = {"google/flan-t5-base": right, "runs/base/model": wrong, "runs/large/model": right}
-    text = ev.compare(ev.BBH_TASKS, models)
+    right, wrong = (ev.summarize([{"task": "a", "correct": x, "correct_by_authors": x}])
+                    for x in (True, False))
+    models = ["google/flan-t5-base", "runs/base/model", "runs/large/model"]
+    text = ev.compare(models, [(task, [right, wrong, right]) for task in ev.BBH_TASKS])
     assert max(map(len, text.splitlines())) <= 80 and "-100.0" in text
     assert text.startswith("1  google/flan-t5-base\n2  runs/base/model\n3  runs/large/model\n\n")
 
@@ -488,13 +488,13 @@ def test_a_damaged_problem_set_is_refused(name, fault, content, tmp_path, refuse
 
 @pytest.mark.parametrize("option, fault, content", [
     ("--show", "No such file; give --show a run", None), ("--show", "no prediction", ""),
-    ("--show", "not a file of predictions", "notes\nand more\n"),
+    ("--show", "line 1: not a prediction", "notes\nand more\n"),
     ("--show", "line 1: not a prediction", '{"step": 1}\n'),
     ("--plot", "No such file", None), ("--plot", "no validation yet", '{"step": 1}\n{"st'),
     ("--plot", "line 2: not an entry of a log", '{"step": 1}\n{"st\n'),
     ("--plot", "line 1: not an entry of a log", "[1]\n"), ("--plot", "line 1", NESTED + "\n"),
     ("--plot", "line 1: not an entry of a log", '{"step": 1, "validation": {"svamp": 0.5}}\n'),
-    ("--out", "not a file of predictions", "my notes")])
+    ("--out", "line 1: not a prediction", "my notes")])
 def test_a_damaged_file_of_results_is_refused(option, fault, content, tmp_path, refused):
     if content is not None:
         (tmp_path / "some.jsonl").write_text(content)
