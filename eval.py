@@ -104,7 +104,7 @@ class Dataset:
     validate: bool = False  # evaluate the validation part at every checkpoint
     select: bool = False  # count it in the choice of the checkpoint; this needs validate
 
-# GSM8K is in distribution (training uses its training set), so it does not select.
+# The math sets. GSM8K is in distribution (training uses its training set), so it does not select.
 DATASETS = {
     "gsm8k": Dataset("GSM8K", "gsm8k/test.jsonl", parse_gsm8k, 500, validate=True, select=False),
     "multiarith": Dataset("MultiArith", "multiarith/MultiArith.json", parse_multiarith, 200,
@@ -434,7 +434,7 @@ def read_predictions(path):
             except (ValueError, RecursionError):
                 if number > 1 or line.startswith(b"{"):
                     continue  # cut short
-                raise
+                raise  # the file is of another kind
             "".join(prediction[key] for key in ("task", "prompt", "output"))  # raises if not texts
             predictions.append(prediction)
     return predictions
@@ -551,10 +551,8 @@ def save_plot(path, axes):
         axes.annotate(label, (x, y), (6, 0), textcoords="offset points", va="center",
                       color=bars[0].get_color(), annotation_clip=False)
         free = y + 0.09 * (1 + label.count("\n")) * (top - bottom)
-    try:
+    with names_file(path, "a name for a plot", "choose another name"):
         axes.figure.savefig(path, dpi=200, bbox_inches="tight")  # with room for the labels
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; choose another name") from None
 
 def trade_off_plot(path, logs):
     """Plot the accuracies in logs of runs against training steps: the math validation sets, and
@@ -652,9 +650,8 @@ def main():
     if args.plot and len(set(sizes.values())) < 2:
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
     tasks = args.tasks or list(DATASETS)
-    for task in tasks:
-        if task != "bbh":
-            load(task, "test", args.data)  # find what is missing before evaluating the first model
+    for task in sorted(set(tasks) - {"bbh"}):
+        load(task, "test", args.data)  # find what is missing before evaluating the first model
     shots = args.demonstrations or args.shots
     demonstrations = load_demonstrations(shots, args.data)
     rows = [(display_name(task, args.data, args.cot, len(demonstrations)), []) for task in tasks]
