@@ -10,7 +10,6 @@ authors is computed beside it. Tables, plots and the command come last.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -27,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5 import T5, UserError, best_device, download, free_memory, in_range, is_out_of_memory
-from t5 import load_pretrained, names_file, packed_weights, pad_sequences, read_config
-from t5 import run_command, show_progress
+from t5 import load_pretrained, names_file, pad_sequences, read_config, run_command, show_progress
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait: that must precede torch
@@ -240,6 +238,20 @@ def bbh_prompt(task, question, cot, folder=DEFAULT_DATA):
             raise ValueError("not every demonstration ends in 'the answer is ...'")
         return f"{shown}\n\nQ: {question}\nA:"
 
+def problems_and_prompts(task, cot, split="test", folder=DEFAULT_DATA, limit=None,
+                         demonstrations=()):
+    """Return a task's problems, each with its input: [(Problem, text)]. "bbh" is all BBH tasks.
+    limit: at most this many problems per task. demonstrations: Problems that precede each math
+    problem (BBH has its own three); see load_demonstrations()."""
+    if task == "bbh":
+        return [pair for name in bbh_tasks(folder)
+                for pair in problems_and_prompts(name, cot, "test", folder, limit)]
+    if task in DATASETS:
+        return [(problem, math_prompt(problem.question, cot, demonstrations))
+                for problem in load(task, split, folder)[:limit]]
+    return [(problem, bbh_prompt(task, problem.question, cot, folder))
+            for problem in load(task, "test", folder)[:limit]]
+
 # --- answers ---
 
 # Other spellings of numbers -> the spelling that NUMBER reads, replaced in this order.
@@ -304,18 +316,17 @@ def authors_match(output, answer, is_math, cot):
 
 # --- accuracy ---
 
-def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tokens=256,
+def evaluate(model, tokenizer, problems, prompts=None, batch_size=32, max_new_tokens=256,
              task="gsm8k", cot=True, file=None):
     """Evaluate a model on problems with greedy decoding.
 
-    prompt: a function from question to input (default: zero-shot math, chain of thought or not).
+    prompts: the input for each problem (default: zero-shot math, chain of thought or not).
     task: the name that predictions carry; it decides on the authors' rule.
     file: a PredictionFile; outputs already in it are re-scored but not generated again.
     Return an Evaluation with the predictions in the order of the problems."""
     if not problems:
         raise UserError(f"{task}: no problem to evaluate; raise --limit")
-    prompt = prompt or functools.partial(math_prompt, cot=cot)
-    prompts = [prompt(problem.question) for problem in problems]
+    prompts = prompts or [math_prompt(problem.question, cot) for problem in problems]
     outputs = [file.known.get((task, text)) if file else None for text in prompts]
     missing = [i for i, output in enumerate(outputs) if output is None]
     input_ids = {i: tokenizer.encode(prompts[i]) for i in missing}
@@ -324,26 +335,25 @@ def evaluate(model, tokenizer, problems, prompt=None, batch_size=32, max_new_tok
     # they fit into memory, all do.
     order = sorted(input_ids, key=lambda i: -len(input_ids[i]))
     device = model.shared.weight.device
-    with packed_weights(model.decoder, model.lm_head):
-        while order:
-            fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
-            rows = int((free_memory(device.type) - fixed) / row)
-            batch = order[: max(1, min(batch_size, rows))]
-            source = pad_sequences([input_ids[i] for i in batch], device)
-            try:
-                generated = model.generate(source, max_new_tokens=max_new_tokens).tolist()
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
-                    raise
-                batch_size = len(batch) // 2
-                print(f"out of memory: {task} goes on with batches of {batch_size}", flush=True)
-                continue
-            for i, ids in zip(batch, generated):
-                outputs[i] = tokenizer.decode(ids)
-                if file:
-                    file.add(score(problems[i], task, prompts[i], outputs[i], cot))
-            order = order[len(batch) :]
-            show_progress(f"{task}: {len(problems) - len(order)} of {len(problems)}")
+    while order:
+        fixed, row = model.generation_memory(len(input_ids[order[0]]), max_new_tokens)
+        rows = int((free_memory(device.type) - fixed) / row)
+        batch = order[: max(1, min(batch_size, rows))]
+        source = pad_sequences([input_ids[i] for i in batch], device)
+        try:
+            generated = model.generate(source, max_new_tokens=max_new_tokens).tolist()
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or len(batch) == 1:
+                raise
+            batch_size = len(batch) // 2
+            print(f"out of memory: {task} goes on with batches of {batch_size}", flush=True)
+            continue
+        for i, ids in zip(batch, generated):
+            outputs[i] = tokenizer.decode(ids)
+            if file:
+                file.add(score(problems[i], task, prompts[i], outputs[i], cot))
+        order = order[len(batch) :]
+        show_progress(f"{task}: {len(problems) - len(order)} of {len(problems)}")
     show_progress("")
     return summarize([score(problem, task, prompts[i], outputs[i], cot)
                       for i, problem in enumerate(problems)])
@@ -361,16 +371,15 @@ def score(problem, task, prompt, output, cot):
 def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None,
                   demonstrations=(), verbose=False, **options):
     """Evaluate a task by name; "bbh" is the mean over all BBH tasks, which have only a test part.
-    limit: at most this many problems per task. demonstrations: Problems that precede each math
-    problem (BBH has its own three). verbose: print a line per task. options: see evaluate()."""
+    limit, demonstrations: see problems_and_prompts(). options: see evaluate().
+    verbose: print a line for each task when its evaluation ends."""
     predictions = []
     for name in bbh_tasks(folder) if task == "bbh" else [task]:
         start = time.time()
-        prompt = functools.partial(bbh_prompt, name, cot=cot, folder=folder)
-        if name in DATASETS:
-            prompt = functools.partial(math_prompt, cot=cot, demonstrations=demonstrations)
-        problems = load(name, split if name in DATASETS else "test", folder)[:limit]
-        e = evaluate(model, tokenizer, problems, prompt, task=name, cot=cot, **options)
+        pairs = problems_and_prompts(name, cot, split, folder, limit, demonstrations)
+        problems = [problem for problem, _ in pairs]
+        prompts = [prompt for _, prompt in pairs]
+        e = evaluate(model, tokenizer, problems, prompts, task=name, cot=cot, **options)
         predictions += e.predictions
         if verbose:
             print(f"{display_name(name, folder, cot, len(demonstrations))}: {e} % of "

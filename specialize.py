@@ -39,13 +39,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t5 import EOS, PAD, T5, UNK, Tokenizer, UserError, best_device, free_memory, in_range
-from t5 import is_out_of_memory, load_pretrained, packed_weights, pad_sequences, read_config
+from t5 import is_out_of_memory, load_pretrained, pad_sequences, read_config
 from t5 import run_command
 from align import BYTES, WORD_BOUNDARY, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, PredictionFile, Problem, bbh_prompt, bbh_tasks
-from eval import display_name, evaluate_task, exact_match, load, load_demonstrations
+from eval import display_name, evaluate, evaluate_task, exact_match, load, load_demonstrations
 from eval import math_demonstration, math_prompt, math_target, number_text, parse_gold_answer
-from eval import read_log, table, weights_hash
+from eval import problems_and_prompts, read_log, table, weights_hash
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait
@@ -81,13 +81,16 @@ SHOTS = 4  # demonstrations in context
 
 @dataclass
 class Example:
-    """A training example; in-context formats draw demonstrations again in each epoch.
+    """A training example.
 
+    input_ids (S,): the ids of the input. For in-context formats it is without demonstrations;
+    make_batches() draws new ones in each epoch.
     labels (T,): the ids of the target, ending in </s>.
     teacher_ids, teacher_probs (T, K): the teacher's distributions, or None for likelihood."""
 
     format: str
     problem: Problem
+    input_ids: np.ndarray
     labels: np.ndarray
     teacher_ids: np.ndarray | None
     teacher_probs: np.ndarray | None
@@ -100,6 +103,7 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5, limit=None):
     reported any, unless loss is "nll". Answer-only formats yield one example per question.
     limit: the most solutions of a question to use."""
     vocab = {piece: i for i, piece in enumerate(tokenizer.pieces)}
+    encode = cached_encoder(tokenizer)
     cot_formats = [name for name in formats if FORMATS[name][0]]
     examples, used, count = [], collections.defaultdict(list), collections.Counter()
     for record in records:
@@ -126,8 +130,8 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5, limit=None):
             probs = np.vstack([probs, certain])
             count["tokens"] += len(labels)
             count["several"] += int((probs[:, 1] > 0).sum())
-        examples += [Example(name, record.problem, labels, ids, probs, record.source)
-                     for name in cot_formats]
+        examples += [Example(name, record.problem, encode_prompt(name, record.problem, [], encode),
+                             labels, ids, probs, record.source) for name in cot_formats]
     if not count["right"]:
         last = ""
         if count["read"]:
@@ -136,7 +140,8 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5, limit=None):
                         f"{last}; choose another --teacher")
     for record, *_ in used.values():
         labels = np.array(tokenizer.encode(math_target(record.problem, cot=False)), np.int32)
-        examples += [Example(name, record.problem, labels, None, None, record.source)
+        examples += [Example(name, record.problem, encode_prompt(name, record.problem, [], encode),
+                             labels, None, None, record.source)
                      for name in formats if name not in cot_formats]
     summary = f"{count['right']:,} of {count['read']:,} solutions are right"
     if count["tokens"]:
@@ -153,95 +158,91 @@ def target_text(problem):
 
 # --- batches ---
 
-def make_batches(examples, pool, encode, micro_batch_sizes, seed, epoch):
-    """Return an epoch's micro-batches in random order, each a list of (example, demonstrations).
+def make_batches(examples, pool, tokenizer, micro_batch_sizes, seed, epoch):
+    """Return an epoch's micro-batches in random order, each a list of Examples of one format.
 
-    A micro-batch holds micro_batch_sizes[format] examples of one format. To limit padding, the
+    micro_batch_sizes: the examples in a micro-batch of each of FORMATS. To limit padding, the
     shuffled examples are sorted by target length within windows of 64 micro-batches (targets cost
     most: their logits are (B, T, V)), then by total length within windows of 8.
     pool: GSM8K's training problems, which demonstrations are drawn from."""
-    rng = random.Random(f"{seed}, {epoch}")
+    rng, encode = random.Random(f"{seed}, {epoch}"), cached_encoder(tokenizer)
 
-    def demonstrations(example):
+    def draw_demonstrations(example):
         drawn = rng.sample(pool, min(SHOTS + 1, len(pool)))  # one to spare
-        return [shot for shot in drawn if shot.question != example.problem.question][:SHOTS]
+        shots = [shot for shot in drawn if shot.question != example.problem.question][:SHOTS]
+        input_ids = encode_prompt(example.format, example.problem, shots, encode)
+        return replace(example, input_ids=input_ids)
 
     batches = []
-    for name, (_, in_context) in FORMATS.items():
+    for (name, (_, in_context)), size in zip(FORMATS.items(), micro_batch_sizes):
         chosen = [example for example in examples if example.format == name]
         rng.shuffle(chosen)
-        pairs = [(example, demonstrations(example) if in_context else []) for example in chosen]
-        size = micro_batch_sizes[name]
-        pairs = sort_in_windows(pairs, 64 * size, lambda pair: len(pair[0].labels))
-        pairs = sort_in_windows(pairs, 8 * size, lambda pair: sum(lengths(pair, encode)))
-        batches += [pairs[i : i + size] for i in range(0, len(pairs), size)]
+        if in_context:
+            chosen = [draw_demonstrations(example) for example in chosen]
+        chosen = sort_in_windows(chosen, 64 * size, lambda ex: len(ex.labels))
+        chosen = sort_in_windows(chosen, 8 * size, lambda ex: len(ex.input_ids) + len(ex.labels))
+        batches += [chosen[i : i + size] for i in range(0, len(chosen), size)]
     rng.shuffle(batches)
     return batches
 
-def sort_in_windows(items, size, key):
-    """Sort each run of `size` items by a key."""
-    windows = [items[i : i + size] for i in range(0, len(items), size)]
-    return [item for window in windows for item in sorted(window, key=key)]
-
-def split_into_passes(micro_batch, encode, limit, weights):
-    """Split a micro-batch, which is sorted by length, into passes of at most `limit` tokens, with
-    padding. A micro-batch is a unit of the optimization, a pass one of memory: the examples whose
-    activations exist at the same time. weights: see padded_tokens."""
-    passes, S, T = [[]], 0, 0
-    for pair in micro_batch:
-        s, t = lengths(pair, encode)
-        S, T = max(S, s), max(T, t)
-        if passes[-1] and padded_tokens(len(passes[-1]) + 1, S, T, weights) > limit:
-            passes.append([])
-            S, T = s, t
-        passes[-1].append(pair)
-    return passes
-
-def lengths(pair, encode):
-    """Return the numbers of tokens (S, T) of an (example, demonstrations)."""
-    return len(encode_prompt(*pair, encode)), len(pair[0].labels)
-
-def padded_tokens(rows, S, T, weights):
-    """Return the size of a pass in source tokens. weights: how many of these each of pass_features
-    counts for; 1, 1, 0, 0, 0 counts source tokens and labels alike."""
-    return rows * float(np.dot(weights, pass_features(S, T)))
-
-def pass_features(S, T):
-    """Return what the memory of a pass grows with: tokens, and pairs of tokens in attention."""
-    return S, T, S * S, T * T, S * T
-
-def encode_prompt(example, demonstrations, encode):
-    """Return the ids (S,) of an example's input, put together from parts that encode() has cached.
+def encode_prompt(format, problem, demonstrations, encode):
+    """Return the ids (S,) of a format's input, put together from parts that encode() has cached.
     This is safe because T5 pieces never span a space."""
-    cot, _ = FORMATS[example.format]
+    cot, _ = FORMATS[format]
     parts = [encode(math_demonstration(shot, cot))[:-1] for shot in demonstrations]  # no </s>
-    return np.concatenate([*parts, encode(math_prompt(example.problem.question, cot))])
+    return np.concatenate([*parts, encode(math_prompt(problem.question, cot))])
 
 @functools.cache
 def cached_encoder(tokenizer):
     """Return a function from a text to its ids, an array, that remembers its results."""
     return functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
 
-def collate(pairs, encode, device):
-    """Turn [(example, demonstrations)] of one format into a dict of tensors.
+def sort_in_windows(items, size, key):
+    """Sort each run of `size` items by a key."""
+    windows = [items[i : i + size] for i in range(0, len(items), size)]
+    return [item for window in windows for item in sorted(window, key=key)]
+
+def split_into_passes(micro_batch, limit, weights):
+    """Split a micro-batch, which is sorted by length, into passes of at most `limit` tokens. A
+    micro-batch is a unit of the optimization, a pass one of memory: the examples whose activations
+    exist at the same time. weights: see pass_tokens."""
+    passes = [[]]
+    for example in micro_batch:
+        if passes[-1] and pass_tokens([*passes[-1], example], weights) > limit:
+            passes.append([])
+        passes[-1].append(example)
+    return passes
+
+def pass_tokens(examples, weights):
+    """Return the size of a pass, padding included, in source tokens. weights: how many of these
+    each of pass_features counts for; 1, 1, 0, 0, 0 counts source tokens and labels alike."""
+    S = max(len(example.input_ids) for example in examples)
+    T = max(len(example.labels) for example in examples)
+    return len(examples) * float(np.dot(weights, pass_features(S, T)))
+
+def pass_features(S, T):
+    """Return what the memory of a pass grows with: tokens, and pairs of tokens in attention."""
+    return S, T, S * S, T * T, S * T
+
+def collate(examples, device):
+    """Turn Examples of one format into a dict of tensors.
 
     input_ids (B, S); labels, decoder_input_ids, loss_mask (B, T); with the teacher's distributions
     also teacher_ids and teacher_probs (B, T, K)."""
-    input_ids = pad_sequences([encode_prompt(*pair, encode) for pair in pairs])
-    labels = pad_sequences([example.labels for example, _ in pairs])
+    labels = pad_sequences([example.labels for example in examples])
     batch = {
-        "input_ids": input_ids,
+        "input_ids": pad_sequences([example.input_ids for example in examples]),
         "labels": labels,
         "decoder_input_ids": F.pad(labels, (1, -1), value=PAD),  # shifted right, from PAD on
         "loss_mask": labels != PAD,
     }
-    sizes = [ex.teacher_ids.shape[1] for ex, _ in pairs if ex.teacher_ids is not None]
+    sizes = [ex.teacher_ids.shape[1] for ex in examples if ex.teacher_ids is not None]
     if sizes:
         ids = torch.zeros(*labels.shape, max(sizes), dtype=torch.long)
         probs = torch.zeros(*labels.shape, max(sizes))
         ids[..., 0] = labels  # one-hot, for examples without distributions
         probs[..., 0] = batch["loss_mask"].float()
-        for b, (example, _) in enumerate(pairs):
+        for b, example in enumerate(examples):
             if example.teacher_ids is not None:
                 ids[b, : len(example.labels)] = torch.from_numpy(example.teacher_ids)
                 probs[b, : len(example.labels)] = torch.from_numpy(example.teacher_probs)
@@ -305,19 +306,18 @@ def batch_loss(model, batch, loss):
 
 # --- the loop ---
 
-def add_gradients(model, micro_batches, encode, args, limit=math.inf):
+def add_gradients(model, micro_batches, args, limit=math.inf):
     """Run the passes of an optimizer step, which add up its gradients; return the losses.
 
     The loss of a step is the mean over its micro-batches, that of a micro-batch the mean over its
     tokens. A pass counts by its share of the tokens, so the result is the same for any split."""
     losses = []
-    for pairs in micro_batches:
-        tokens, total = sum(len(example.labels) for example, _ in pairs), 0.0
-        for part in split_into_passes(pairs, encode, limit, args.pass_weights):
-            batch = collate(part, encode, args.device)
-            share = sum(len(example.labels) for example, _ in part) / tokens
+    for micro_batch in micro_batches:
+        tokens, total = sum(len(example.labels) for example in micro_batch), 0.0
+        for part in split_into_passes(micro_batch, limit, args.pass_weights):
+            share = sum(len(example.labels) for example in part) / tokens
             with mixed_precision(args):
-                loss = batch_loss(model, batch, args.loss) * share
+                loss = batch_loss(model, collate(part, args.device), args.loss) * share
             (loss / len(micro_batches)).backward()
             total += loss.detach()
         losses.append(total)
@@ -344,10 +344,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     run: the folder of log and checkpoints; args.resume continues from the last, bit for bit.
     measure: a function in place of validate, whose result contains at least what validate's does.
     Raises UserError if a loss or gradient is not finite, KeyboardInterrupt after Ctrl-C."""
-    encode = cached_encoder(tokenizer)
-    sizes = dict(zip(FORMATS, args.micro_batch_size))
     per_epoch, steps = count_steps(examples, args)
-
     optimizer = make_optimizer(model.parameters(), args.optimizer, args.weight_decay)
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
@@ -368,7 +365,8 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
             # Draw the batches of the next optimizer step; each epoch is shuffled again.
             epoch, position = divmod(step, per_epoch)
             if position == 0 or step == start:  # a new epoch, or resumed within one
-                batches = make_batches(examples, pool, encode, sizes, args.seed, epoch)
+                batches = make_batches(examples, pool, tokenizer, args.micro_batch_size, args.seed,
+                                       epoch)
             n = args.gradient_accumulation_steps
             micro_batches = batches[position * n : (position + 1) * n]
             model.train()
@@ -378,9 +376,9 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
 
             # Forward and backward passes. If memory runs out, repeat the step in smaller passes.
             try:
-                losses = add_gradients(model, micro_batches, encode, args, limit)
+                losses = add_gradients(model, micro_batches, args, limit)
             except RuntimeError as error:
-                limit = smaller_passes(error, micro_batches, encode, args, limit)
+                limit = smaller_passes(error, micro_batches, args, limit)
                 optimizer.zero_grad()
                 continue
 
@@ -390,7 +388,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
             optimizer_step(optimizer)
             optimizer.zero_grad()
             step += 1
-            log.add_step(step, lr, micro_batches, losses, encode)
+            log.add_step(step, lr, micro_batches, losses)
             if stop.is_set() or step % args.checkpoint_every == 0 or step == steps:
                 save_checkpoint(run, step, model, optimizer, tokenizer)
                 best = best_checkpoint(log.evaluations)
@@ -498,16 +496,14 @@ def check_type(value, kinds, name):
         raise TypeError(f"{name} is {value!r:.50}, a {type(value).__name__}")
     return value
 
-def smaller_passes(error, micro_batches, encode, args, limit):
+def smaller_passes(error, micro_batches, args, limit):
     """Return a lower limit of tokens per pass after a pass ran out of memory. Raises the error
     again if it is another one, or if every pass holds one example already."""
-    passes = [part for pairs in micro_batches
-              for part in split_into_passes(pairs, encode, limit, args.pass_weights)
-              if len(part) > 1]
-    if not is_out_of_memory(error) or not passes:
+    passes = [part for micro_batch in micro_batches
+              for part in split_into_passes(micro_batch, limit, args.pass_weights)]
+    sizes = [pass_tokens(part, args.pass_weights) for part in passes if len(part) > 1]
+    if not is_out_of_memory(error) or not sizes:
         raise error
-    sizes = [padded_tokens(len(part), *map(max, zip(*(lengths(pair, encode) for pair in part))),
-                           args.pass_weights) for part in passes]
     limit = int(max(sizes) / 2)
     print(f"out of memory: this step again, with passes of at most {limit:,} tokens", flush=True)
     return limit
@@ -516,8 +512,8 @@ def check_finite(losses, norm, micro_batches, step, run):
     """Raise UserError, naming the records, if a loss or the gradient norm is NaN or infinite."""
     if losses.isfinite().all() and norm.isfinite():
         return
-    bad = [pairs for loss, pairs in zip(losses, micro_batches) if not loss.isfinite()]
-    sources = sorted({example.source for pairs in bad or micro_batches for example, _ in pairs})
+    bad = [examples for loss, examples in zip(losses, micro_batches) if not loss.isfinite()]
+    sources = sorted({example.source for batch in bad or micro_batches for example in batch})
     raise UserError(
         f"step {step}: the {'loss' if bad else 'gradient'} is not finite. Batch: "
         f"{'; '.join(sources)}. Last good checkpoint: {last_checkpoint(run)}. Resuming would hit "
@@ -573,29 +569,25 @@ class TensorBytes(TorchDispatchMode):
     """Context manager: count the bytes of the tensors that operations create; peak is the most at
     one time."""
 
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
+    now = peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count((args, kwargs), created=False)  # the result may share an input's storage
         result = function(*args, **kwargs or {})
-        self.count(result, created=True)
+        before = storages((args, kwargs))  # a view of one of these takes nothing
+        for key, storage in storages(result).items():
+            if key not in before:
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.now)
         return result
 
-    def count(self, tree, created):
-        for tensor in tree_leaves(tree):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.known:
-                size = storage.nbytes() * created
-                self.known.add(storage._cdata)
-                weakref.finalize(storage, self.forget, storage._cdata, size)
-                self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def forget(self, key, size):
-        self.known.discard(key)
+    def free(self, size):
         self.now -= size
+
+def storages(tree):
+    """Return {address: storage} of the tensors in nested containers."""
+    found = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    return {storage._cdata: storage for storage in found}
 
 def memory_of(device, work):
     """Return the bytes that work() takes, beyond those taken before: at its peak, and in the end,
@@ -609,68 +601,64 @@ def memory_of(device, work):
         _result = work()
     return tensors.peak, tensors.now
 
-def state_bytes(parameters, args):
+@functools.cache
+def count_parameters(name):
+    """Return the number of parameters of a model, of which only config.json is read."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in T5(read_config(name)).parameters())
+
+def state_bytes(args):
     """Return the bytes of the weights, the gradients and the optimizer's state."""
     each = 2 if args.precision == "bf16-weights" else 4
     moments = 8 if args.optimizer == "adamw" else 0  # Adafactor's are a row and a column per matrix
-    return each * parameters, each * parameters, moments * parameters
+    return np.multiply(count_parameters(args.model), (each, each, moments)).tolist()
 
-def does_not_fit(parameters, args, reason):
+def does_not_fit(args, reason):
     """Return the UserError for a lack of memory: the figures, and the command that takes less."""
-    settings, flags, figures = vars(args).copy(), [], []
-    for flag, value in (("--gradient-checkpointing", True), ("--optimizer", "adafactor"),
-                        ("--precision", "bf16-weights")):
-        key = flag[2:].replace("-", "_")
-        if settings[key] != value:
-            settings[key] = value
-            flags += [flag] if value is True else [flag, value]
-            needed = sum(state_bytes(parameters, argparse.Namespace(**settings)))
-            figures.append(f"{needed / 1e9:.2f} GB with {' '.join(flags)}")
-    needed = sum(state_bytes(parameters, args)) / 1e9
+    less, flags, figures = argparse.Namespace(**vars(args)), [], []
+    for flag, key, value in (("--gradient-checkpointing", "gradient_checkpointing", True),
+                             ("--optimizer adafactor", "optimizer", "adafactor"),
+                             ("--precision bf16-weights", "precision", "bf16-weights")):
+        if getattr(args, key) != value:
+            setattr(less, key, value)
+            flags += flag.split()
+            figures.append(f"{sum(state_bytes(less)) / 1e9:.2f} GB with {' '.join(flags)}")
     command = shlex.join([sys.executable, *sys.argv, *flags])
-    less = f"; {', '.join(figures)}. Try: {command}" if flags else "; choose a smaller model"
-    return UserError(f"{reason}: weights, gradients and optimizer of {parameters:,} parameters "
-                     f"take {needed:.2f} GB, the activations come on top{less}")
+    remedy = f"; {', '.join(figures)}. Try: {command}" if flags else "; choose a smaller model"
+    return UserError(f"{reason}: weights, gradients and optimizer of "
+                     f"{count_parameters(args.model):,} parameters take "
+                     f"{sum(state_bytes(args)) / 1e9:.2f} GB, the activations come on top{remedy}")
 
-def measure_passes(model, pairs, encode, args):
+def measure_passes(model, longest, args):
     """Set args.tokens_per_pass to what the device has memory for, and args.pass_weights.
 
     What backward needs from forward grows with pass_features: small passes of six shapes give the
-    weights. The peak, which is higher, is measured with the longest example, once and three times.
+    weights. The peak, which is higher, is measured with the longest Example, once and three times.
     Raises UserError if it does not fit."""
 
     def forward(rows, S, T):
-        source, labels = (torch.full((rows, n), UNK, device=args.device) for n in (S, T))
-        ids = labels.unsqueeze(-1).expand(-1, -1, 5)
-        batch = {"input_ids": source, "decoder_input_ids": labels, "labels": labels,
-                 "loss_mask": labels == UNK, "teacher_ids": ids, "teacher_probs": ids / 10}
+        ids, probs = np.full((max(S, T), 5), UNK), np.full((T, 5), 0.1)
+        example = Example("", None, ids[:S, 0], ids[:T, 0], ids[:T], probs, "")
         with mixed_precision(args):
-            return batch_loss(model, batch, args.loss)
+            return batch_loss(model, collate([example] * rows, args.device), args.loss)
 
     def peak(rows):
         return memory_of(args.device, lambda: forward(rows, S, T).backward())[0]
 
-    S, T = max((lengths(pair, encode) for pair in pairs), key=sum)
+    S, T = len(longest.input_ids), len(longest.labels)
     forward(1, 8, 8).backward()  # from here on the gradients exist
-    free = free_memory(args.device) - state_bytes(count_parameters(model), args)[2]
-    one, rows = peak(1), max(args.micro_batch_size)
+    free = free_memory(args.device) - state_bytes(args)[2]
+    one = peak(1)
     if one > free:
-        reason = (f"the longest example, of {S:,} + {T:,} tokens, needs {one / 1e9:.2f} GB of "
-                  f"{max(free, 0) / 1e9:.2f} GB that are free")
-        raise does_not_fit(count_parameters(model), args, reason)
-    args.pass_weights, args.tokens_per_pass = [1.0, 1.0, 0.0, 0.0, 0.0], rows * (S + T)
-    if rows * one > free:  # not every micro-batch fits
-        shapes = [(16, 16), (48, 16), (96, 16), (16, 48), (16, 96), (96, 96)]
-        held = [memory_of(args.device, lambda: forward(1, *shape))[1] for shape in shapes]
-        _, *costs = np.linalg.solve([(1, *pass_features(*shape)) for shape in shapes], held)
-        args.pass_weights = [max(0.0, cost / costs[0]) for cost in costs]
-        row = padded_tokens(1, S, T, args.pass_weights)
-        per_row = (peak(3) - one) / 2 if 3 * one < free else one
-        args.tokens_per_pass = int(row * (1 + (free - one) / per_row))
-
-def count_parameters(model):
-    """Return the number of a model's parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
+        raise does_not_fit(args, f"the longest example, of {S:,} + {T:,} tokens, needs "
+                           f"{one / 1e9:.2f} GB of {max(free, 0) / 1e9:.2f} GB that are free")
+    shapes = [(16, 16), (48, 16), (96, 16), (16, 48), (16, 96), (96, 96)]
+    held = [memory_of(args.device, lambda: forward(1, *shape))[1] for shape in shapes]
+    _, *costs = np.linalg.solve([(1, *pass_features(*shape)) for shape in shapes], held)
+    args.pass_weights = [max(0.0, cost / costs[0]) for cost in costs]
+    per_row = (peak(3) - one) / 2 if 3 * one < free else one
+    rows = 1 + (free - one) / per_row
+    args.tokens_per_pass = int(rows * pass_tokens([longest], args.pass_weights))
 
 def seconds(device, work):
     """Return the time that work() takes on a device."""
@@ -680,77 +668,64 @@ def seconds(device, work):
         torch.accelerator.synchronize()  # until then it is only queued
     return time.perf_counter() - start
 
-def training_seconds(model, batches, encode, args):
-    """Estimate the time of an epoch: a few passes of each format stand for all of them."""
-    total = 0.0
-    for name in args.formats:
-        passes = [part for batch in batches if batch[0][0].format == name
-                  for part in split_into_passes(
-                      batch, encode, args.tokens_per_pass, args.pass_weights)]
-        tokens = [sum(sum(lengths(pair, encode)) for pair in part) for part in passes]
-        sample = slice(None, None, math.ceil(len(passes) / 2))
-        spent = seconds(args.device, lambda: add_gradients(model, passes[sample], encode, args))
-        total += spent * sum(tokens) / sum(tokens[sample])
-    return total
+def training_seconds(model, batches, args):
+    """Estimate the time of micro-batches: eight passes, from short to long, stand for all."""
+    passes = [part for examples in batches
+              for part in split_into_passes(examples, args.tokens_per_pass, args.pass_weights)]
+    passes.sort(key=lambda part: pass_tokens(part, args.pass_weights))
+    sample = passes[:: math.ceil(len(passes) / 8)]
+    work, sampled = (sum(pass_tokens(part, (1, 1, 0, 0, 0)) for part in some)
+                     for some in (passes, sample))
+    return seconds(args.device, lambda: add_gradients(model, sample, args)) * work / sampled
 
 def evaluation_seconds(model, tokenizer, tasks, split, tokens, args):
-    """Estimate the time of evaluating tasks, if outputs have so many tokens: two short outputs for
-    a batch of middle length stand for all of a kind of task."""
-    total, kinds = 0.0, {}
-    for task, cot, shots in tasks:
-        for name in bbh_tasks(args.data) if task == "bbh" else [task]:
-            problems = load(name, split if task in DATASETS else "test", args.data)
-            kinds.setdefault((task == "bbh", cot, len(shots)), []).extend(
-                math_prompt(problem.question, cot, shots) if task in DATASETS else
-                bbh_prompt(name, problem.question, cot, args.data)
-                for problem in problems[: limit_of(args, name, split)])
-    for prompts in kinds.values():
-        ids = sorted((tokenizer.encode(prompt) for prompt in prompts), key=len)
-        rows = min(args.eval_batch_size, len(ids))
-        source = pad_sequences(ids[(len(ids) - rows) // 2 :][:rows], args.device)
-        few, many = (seconds(args.device, lambda: generate_exactly(model, source, n, args))
-                     for n in (4, 20))
-        step = max(0.0, (many - few) / 16)
-        total += len(ids) / rows * (few + (tokens - 4) * step)
-    return total
+    """Estimate the time of evaluating tasks if outputs have so many tokens: 4 and 20 tokens for a
+    few batches, from short to long, stand for all."""
+    pairs = [pair for task, cot, shots in tasks for pair in problems_and_prompts(
+        task, cot, split, args.data, limit_of(args, task, split), shots)]
+    pairs.sort(key=lambda pair: len(pair[1]))
+    rows = args.eval_batch_size
+    every = rows * math.ceil(len(pairs) / rows / 4)
+    sample = [pair for start in range(0, len(pairs), every) for pair in pairs[start : start + rows]]
+    with mixed_precision(args):
+        few, many = (seconds(args.device, lambda: evaluate(
+            model, tokenizer, *zip(*sample), rows, length)) for length in (4, 20))
+    each = max(0.0, many - few) / 16
+    return len(pairs) / len(sample) * (few + (tokens - 4) * each)
 
-def generate_exactly(model, source, n, args):
-    """Generate n tokens for each row, without </s>."""
-    def never_end(_, logits):
-        logits[:, EOS] = -math.inf
-        return logits
-
-    with mixed_precision(args), packed_weights(model.decoder, model.lm_head):
-        model.generate(source, max_new_tokens=n, logits_processor=never_end)
-
-def plan(model, tokenizer, examples, pool, args):
-    """Measure this device with a sample of the run's work; print the memory and time that the run
-    takes. Set args.tokens_per_pass, unless it is set, and args.table_share: the time of the last
-    table as a multiple of a checkpoint's evaluation."""
+def plan(tokenizer, examples, pool, args):
+    """Measure this device with a random model of the run's shape; print the memory and time that
+    the run takes. Set args.tokens_per_pass, unless it is set, and args.table_share: the time of the
+    last table as a multiple of a checkpoint's evaluation."""
+    config = read_config(args.model)
+    config.dropout_rate = config.dropout_rate if args.dropout is None else args.dropout
+    with torch.device(args.device):
+        model = T5(config).to(weights_dtype(args)).train()
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
-    model.train()
-    encode, sizes = cached_encoder(tokenizer), dict(zip(FORMATS, args.micro_batch_size))
-    batches = make_batches(examples, pool, encode, sizes, args.seed, epoch=0)
+    batches = make_batches(examples, pool, tokenizer, args.micro_batch_size, args.seed, epoch=0)
     if not args.tokens_per_pass:
-        measure_passes(model, [pair for batch in batches for pair in batch], encode, args)
+        longest = max((example for batch in batches for example in batch),
+                      key=lambda example: len(example.input_ids) + len(example.labels))
+        measure_passes(model, longest, args)
     per_epoch, steps = count_steps(examples, args)
-    training = training_seconds(model, batches, encode, args) * steps / per_epoch
+    training = training_seconds(model, batches, args) * steps / per_epoch
     model.zero_grad()
     solutions = sorted(len(ex.labels) for ex in examples if ex.format == args.formats[0])
     tokens = min(args.max_new_tokens, solutions[int(0.9 * len(solutions))])
-    checkpoint, last = (evaluation_seconds(model, tokenizer, tasks, split, tokens, args)
-                        for tasks, split in ((checkpoint_tasks(args), "validation"),
-                                             (table_tasks(args), "test")))
-    args.table_share = 2 * last / checkpoint
-    count = 1 + math.ceil(steps / args.checkpoint_every)
-    names = ("weights", "gradients", "optimizer")
-    memory = [f"{name} {size / 1e9:.2f} GB" for name, size in
-              zip(names, state_bytes(count_parameters(model), args))]
-    print(f"{args.device}, {args.precision}, {count_parameters(model):,} parameters: "
-          f"{', '.join(memory)}; passes of at most {args.tokens_per_pass:,} tokens.\n"
-          f"{steps:,} steps, {count} evaluations. Estimate: training {duration(training)}, "
-          f"evaluations {duration(checkpoint * count)}, last table {duration(2 * last)} (if "
+    checkpoint = evaluation_seconds(model, tokenizer, checkpoint_tasks(args), "validation", tokens,
+                                    args)
+    last = 2 * evaluation_seconds(model, tokenizer, table_tasks(args), "test", tokens, args)
+    args.table_share = last / checkpoint
+    evaluations = 1 + math.ceil(steps / args.checkpoint_every)
+    sizes = [size / 1e9 for size in state_bytes(args)]
+    kept = evaluations - 1 if args.keep_checkpoints else min(evaluations - 1, 3)  # one unfinished
+    print(f"{args.device}, {args.precision}, {count_parameters(args.model):,} parameters: "
+          "weights {:.2f} GB, gradients {:.2f} GB, optimizer {:.2f} GB; ".format(*sizes) +
+          f"passes of at most {args.tokens_per_pass:,} tokens; checkpoints take up to "
+          f"{kept * (sizes[0] + sizes[2]):.2f} GB of disk.\n"
+          f"{steps:,} steps, {evaluations} evaluations. Estimate: training {duration(training)}, "
+          f"evaluations {duration(checkpoint * evaluations)}, last table {duration(last)} (if "
           f"outputs have {tokens} tokens)", flush=True)
 
 def duration(seconds):
@@ -844,13 +819,13 @@ class TrainingLog:
                     raise UserError(f"{path}: step {entry['step']} has no accuracy on {task}, "
                                     "which was added later; start another run with --name")
 
-    def add_step(self, step, lr, micro_batches, losses, encode):
+    def add_step(self, step, lr, micro_batches, losses):
         """Count an optimizer step; report it if it is due, with the mean loss of each format."""
         now = time.time()
         self.seconds, self.since = self.seconds + now - self.since, now
-        for pairs, loss in zip(micro_batches, losses):
-            self.losses.setdefault(pairs[0][0].format, []).append(loss)
-            self.tokens += sum(sum(lengths(pair, encode)) for pair in pairs)
+        for examples, loss in zip(micro_batches, losses):
+            self.losses.setdefault(examples[0].format, []).append(loss)
+            self.tokens += sum(len(ex.input_ids) + len(ex.labels) for ex in examples)
         due = step % self.args.log_every == 0 or step == self.steps
         if not due and step != self.start + 1:
             return
@@ -1149,11 +1124,9 @@ def specialize(args, run):
     """Train, select a checkpoint, and report what was gained and lost."""
     torch.set_num_threads(args.threads)
     make_deterministic(args.seed)  # before the first operation on a GPU
-    with torch.device("meta"):  # nothing but config.json is downloaded yet
-        parameters = count_parameters(T5(read_config(args.model)))
-    needed, free = sum(state_bytes(parameters, args)), free_memory(args.device)
-    if needed > free:
-        raise does_not_fit(parameters, args, f"{args.device} has {free / 1e9:.2f} GB free")
+    free = free_memory(args.device)
+    if sum(state_bytes(args)) > free:  # nothing but config.json is downloaded yet
+        raise does_not_fit(args, f"{args.device} has {free / 1e9:.2f} GB free")
     hashes = read_sets(args)
     for name, value in getattr(args, "hashes", hashes).items():
         if name in hashes and hashes[name] != value:
@@ -1166,18 +1139,15 @@ def specialize(args, run):
     examples, summary = build_examples(teacher_records(args, pool), tokenizer, args.formats,
                                        args.loss, limit=args.solutions_per_question)
     print(f"{summary}. Run: {run}", flush=True)
-    options = {"device": args.device, "dtype": weights_dtype(args), "dropout_rate": args.dropout}
-    if args.dry_run:
-        model = T5(read_config(args.model)).to(args.device, weights_dtype(args))
-    else:
-        model, _ = load_pretrained(args.model, **options)
-    if not args.resume or args.dry_run:
-        plan(model, tokenizer, examples, pool, args)
+    if args.dry_run or not args.resume:
+        plan(tokenizer, examples, pool, args)
     if args.dry_run:
         return
     if not args.resume:
         atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
-    torch.manual_seed(args.seed)  # again, because the plan's passes drew dropout masks
+    options = {"device": args.device, "dtype": weights_dtype(args), "dropout_rate": args.dropout}
+    model, _ = load_pretrained(args.model, **options)
+    torch.manual_seed(args.seed)  # again, because the plan drew random numbers
     best = train(model, tokenizer, examples, pool, args, run)
 
     model = T5.from_pretrained(run / f"checkpoint-{best['step']}", dtype=weights_dtype(args))
@@ -1222,9 +1192,7 @@ def main():
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        with torch.device("meta"):
-            parameters = count_parameters(T5(read_config(args.model)))
-        raise does_not_fit(parameters, args, f"out of memory ({error})") from None
+        raise does_not_fit(args, f"out of memory ({error})") from None
 
 if __name__ == "__main__":
     run_command(main)

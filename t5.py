@@ -3,7 +3,7 @@
 It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (Shazeer, 2020, arXiv 2002.05202)
 and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests compare logits, gradients and tokens
 with `transformers`. A first reader can stop at "files and downloads"; what follows is engineering.
-Linear and Dropout are PyTorch's, only faster on a CPU: see "two faster layers".
+Dropout is PyTorch's, only faster on a CPU.
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.
@@ -78,6 +78,8 @@ class T5Config:
             setattr(self, name, value)
 
 # --- blocks ---
+
+Linear = functools.partial(nn.Linear, bias=False)
 
 class FeedForward(nn.Module):
     """relu(x W_i) W_o in T5 1.0, and (gelu(x W_0) * (x W_1)) W_o in T5 1.1 and FlanT5."""
@@ -673,36 +675,7 @@ def pad_sequences(sequences, device="cpu"):
     batch = nn.utils.rnn.pad_sequence(list(map(torch.as_tensor, sequences)), batch_first=True)
     return batch.long().to(device)
 
-# --- two faster layers for a CPU ---
-
-class Linear(nn.Module):
-    """x W^T, without a bias; W has no values before init_weights or loading."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.packed = None  # the weights as packed_weights() rearranges them
-
-    def forward(self, x):
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or self.packed is None:
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
-
-@contextlib.contextmanager
-def packed_weights(*modules):
-    """Context manager: on an x86 CPU, rearrange fp32 weights once, not in every product. For the
-    few rows of a decoding step that takes longer than the product. Do not change them inside."""
-    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    layers = [x for module in modules for x in module.modules() if isinstance(x, Linear)
-              and x86 and torch.backends.mkldnn.is_available() and x.weight.is_cpu
-              and x.weight.dtype == torch.float32]
-    for layer in layers:
-        layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
+# --- a faster dropout for a CPU ---
 
 class Dropout(nn.Dropout):
     """PyTorch's dropout; on a CPU twice as fast, with 16 random bits per element, not a double."""

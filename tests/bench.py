@@ -28,9 +28,9 @@ import numpy as np
 from transformers import T5ForConditionalGeneration as Reference
 from align import align_batch
 from eval import Problem, evaluate, load, math_prompt, math_target
-from specialize import FORMATS, SIZES, Record, batch_loss, build_examples, encode_prompt, kl_loss
-from specialize import make_batches, make_optimizer
-from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, packed_weights, pad_sequences
+from specialize import FORMATS, SIZES, Record, batch_loss, build_examples, kl_loss, make_batches
+from specialize import make_optimizer
+from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, pad_sequences
 
 for name in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} - user_settings:
     os.environ.pop(name, None)  # processes started from here do not inherit t5's settings
@@ -108,7 +108,7 @@ def bench_train(args):
     row("training step, bf16 autocast / own fp32", *times)
 
 def bench_decode(args):
-    """Time greedy decoding: B 8, S 256, 64 tokens. Weights are packed before, as by evaluate()."""
+    """Time greedy decoding: B 8, S 256, 64 tokens."""
     sources = torch.randint(3, 32000, (8, 256))
     for dtype, name, target in ((torch.float32, "fp32", "1.3x"), (torch.bfloat16, "bf16", "")):
         if dtype == torch.bfloat16:
@@ -117,8 +117,7 @@ def bench_decode(args):
         ours = functools.partial(model.generate, sources, max_new_tokens=64)
         theirs = functools.partial(their_model.generate, sources, attention_mask=sources != PAD,
                                    min_new_tokens=64, max_new_tokens=64, do_sample=False)
-        with packed_weights(model.decoder, model.lm_head):
-            times = medians(ours, theirs, repeat=args.repeat)
+        times = medians(ours, theirs, repeat=args.repeat)
         row(f"decoding, weights in {name} / transformers", *times, target)
 
 def bench_ctranslate2(args):
@@ -130,8 +129,7 @@ def bench_ctranslate2(args):
         ours = functools.partial(model.generate, sources, max_new_tokens=64)
         theirs = functools.partial(process.apply, translate, arguments)
         theirs()  # loads the model
-        with packed_weights(model.decoder, model.lm_head):
-            times = medians(ours, theirs, repeat=args.repeat)
+        times = medians(ours, theirs, repeat=args.repeat)
     row("decoding, weights in fp32 / CTranslate2", *times)
 
 def translate(folder, threads, tokens):
@@ -170,10 +168,9 @@ def bench_ends(args):
     ids = torch.randint(3, 32000, (32, 256))
     ids[torch.arange(256) >= torch.linspace(64, 256, 32)[:, None]] = PAD
     ends = torch.linspace(8, 256, 32).long()[torch.randperm(32)]
-    with packed_weights(model.decoder, model.lm_head):
-        times = medians(
-            lambda: model.generate(ids, max_new_tokens=256, logits_processor=force_ends(ends)),
-            lambda: until_ends(their_model, ids, ends, 256), repeat=args.repeat)
+    times = medians(
+        lambda: model.generate(ids, max_new_tokens=256, logits_processor=force_ends(ends)),
+        lambda: until_ends(their_model, ids, ends, 256), repeat=args.repeat)
     row("256 tokens, B 32, ends spread / transformers", *times, "2x")
 
 def bench_evaluation(args):
@@ -182,8 +179,8 @@ def bench_evaluation(args):
     tokenizer, (model, their_model) = Tokenizer(VOCABULARY), both_models()
     problems = load("gsm8k", "test", DATASETS)[: args.problems]
     demonstrations = load("gsm8k", "train", DATASETS)[:4]
-    prompt = functools.partial(math_prompt, cot=True, demonstrations=demonstrations)
-    inputs = [tokenizer.encode(prompt(problem.question)) for problem in problems]
+    prompts = [math_prompt(problem.question, True, demonstrations) for problem in problems]
+    inputs = list(map(tokenizer.encode, prompts))
     ends = torch.tensor([len(tokenizer.encode(problem.solution)) for problem in problems])
     position = {tuple(ids): i for i, ids in enumerate(inputs)}
     generate = model.generate
@@ -191,7 +188,7 @@ def bench_evaluation(args):
         order = [position[tuple(ids[ids != PAD].tolist())] for ids in sources]
         return generate(sources, **options, logits_processor=force_ends(ends[order]))
     def ours():
-        evaluate(model, tokenizer, problems, prompt, batch_size=32, max_new_tokens=128)
+        evaluate(model, tokenizer, problems, prompts, batch_size=32, max_new_tokens=128)
     def plain_loop():
         for start in range(0, len(problems), 32):
             batch = slice(start, start + 32)
@@ -260,11 +257,9 @@ def bench_padding(args):
     tokenizer, pool = Tokenizer(VOCABULARY), load("gsm8k", "train", DATASETS)
     solved = [Problem(p.question, p.answer, math_target(p, cot=True)) for p in pool]
     examples, _ = build_examples([Record(p, None, "") for p in solved], tokenizer, FORMATS, "nll")
-    encode = functools.cache(lambda text: np.array(tokenizer.encode(text), np.int32))
-    sizes = dict(zip(FORMATS, SIZES["base"]["micro_batch_size"]))
     used, total = np.zeros(2), np.zeros(2)  # tokens of inputs and of targets
-    for batch in make_batches(examples, pool, encode, sizes, seed=0, epoch=0):
-        lengths = [(len(encode_prompt(*pair, encode)), len(pair[0].labels)) for pair in batch]
+    for batch in make_batches(examples, pool, tokenizer, SIZES["base"]["micro_batch_size"], 0, 0):
+        lengths = [(len(example.input_ids), len(example.labels)) for example in batch]
         used += np.sum(lengths, axis=0)
         total += np.max(lengths, axis=0) * len(batch)
     shares = 1 - used.sum() / total.sum(), 1 - used[1] / total[1]

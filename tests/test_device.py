@@ -107,17 +107,17 @@ def test_a_training_step_runs_on_another_device(students, loss, checkpointing):
     tokenizer, shots = Tokenizer(TOY / "tuned-1M"), load("gsm8k", "train", TOY)[:4]
     records = itertools.islice(sp.read_teacher(TOY / "teacher.jsonl.gz"), 60)
     examples, _ = sp.build_examples(records, tokenizer, ["in_context_cot"], loss)
-    pairs, losses = [(example, shots) for example in examples[:3]], {}
+    (micro_batch, *_), losses = sp.make_batches(examples, shots, tokenizer, (3,) * 4, 0, 0), {}
     for device, student in students.items():
         student.train().encoder.gradient_checkpointing = checkpointing
         student.decoder.gradient_checkpointing = checkpointing
         optimizer = sp.make_optimizer(student.parameters(), "adafactor", 0.01)  # no fused kernel
         for _ in range(2):
-            batch = sp.collate(pairs, tokenizer.encode, device)
+            batch = sp.collate(micro_batch, device)
             losses[device] = sp.batch_loss(student, batch, loss)
             losses[device].backward()
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            sp.check_finite(torch.stack([losses[device].detach()]), norm, [pairs], 1, None)
+            sp.check_finite(torch.stack([losses[device].detach()]), norm, [micro_batch], 1, None)
             sp.optimizer_step(optimizer)
             optimizer.zero_grad()
     assert losses["meta"].device.type == "meta"

@@ -1,7 +1,6 @@
 """specialize.py: losses against torch's, examples of real records, runs that are really killed."""
 
 import dataclasses
-import functools
 import errno
 import gzip
 import itertools
@@ -151,9 +150,9 @@ def test_a_batch_shifts_its_labels_and_mixes_solutions_with_and_without_distribu
     plain = dataclasses.replace(codex[0], steps=None)
     for records, loss in (([plain], "kl"), (codex[:1], "nll")):
         (ex,), _ = build_examples(records, tokenizer, ["zero_shot_cot"], loss)
-        assert "teacher_ids" not in sp.collate([(ex, [])], tokenizer.encode, "cpu")
+        assert "teacher_ids" not in sp.collate([ex], "cpu")
     examples, _ = build_examples([plain, codex[1]], tokenizer, ["zero_shot_cot"])
-    batch = sp.collate([(ex, []) for ex in examples], tokenizer.encode, "cpu")
+    batch = sp.collate(examples, "cpu")
     labels, mask, probs = batch["labels"], batch["loss_mask"], batch["teacher_probs"]
     assert torch.equal(batch["decoder_input_ids"], F.pad(labels, (1, -1), value=PAD))
     assert mask.sum() == sum(len(ex.labels) for ex in examples) and not probs[~mask].any()
@@ -167,24 +166,34 @@ def test_a_prompt_made_of_parts_is_the_prompt_encoded_at_once(datasets, tokenize
     for i in range(0, 200, 5):
         question, *shots = problems[i : i + 5]
         for name, (cot, in_context) in sp.FORMATS.items():
-            example, shown = Example(name, question, *[None] * 4), shots if in_context else []
+            shown = shots if in_context else []
             ids = tokenizer.encode(ev.math_prompt(question.question, cot, shown))
-            assert sp.encode_prompt(example, shown, tokenizer.encode).tolist() == ids
+            assert sp.encode_prompt(name, question, shown, tokenizer.encode).tolist() == ids
 
 def test_an_epoch_has_every_example_once_in_batches_of_one_format_and_similar_length():
+    class Numbers:
+        """A tokenizer whose ids are the numbers of the questions in a text."""
+        def encode(self, text):
+            return [int(n) for n in re.findall(r"Q: q(\d+)", text)] + [EOS]
+
     pool = [ev.Problem(f"q{i}", 1.0, "s") for i in range(50)]
-    examples = [Example(name, pool[i], np.zeros(i), None, None, "") for name in sp.FORMATS
-                for i in range(50)]
+    examples = [Example(name, pool[i], np.array([i, EOS]), np.zeros(i), None, None, "")
+                for name in sp.FORMATS for i in range(50)]
     sizes = dict(zip(sp.FORMATS, (2, 3, 4, 7)))
-    make = functools.partial(sp.make_batches, examples, pool, lambda text: [0], sizes)
+
+    def make(seed, epoch):
+        batches = sp.make_batches(examples, pool, Numbers(), sizes.values(), seed, epoch)
+        return [[(ex.format, *ex.input_ids.tolist()) for ex in examples] for examples in batches]
+
     batches = make(0, 0)
-    assert sorted(id(ex) for pairs in batches for ex, _ in pairs) == sorted(map(id, examples))
-    for pairs in batches:
-        (name,) = {ex.format for ex, _ in pairs}
-        lengths = [len(ex.labels) for ex, _ in pairs]
-        assert len(pairs) <= sizes[name] and max(lengths) - min(lengths) < sizes[name]
-        for ex, shots in pairs:
-            assert len(shots) == (4 if sp.FORMATS[name][1] else 0) and ex.problem not in shots
+    drawn = sorted((name, ids[-2]) for batch in batches for name, *ids in batch)
+    assert drawn == sorted((name, i) for name in sp.FORMATS for i in range(50))
+    for batch in batches:
+        (name,) = {name for name, *_ in batch}
+        targets = [question for *_, question, _ in batch]  # question i has a target of length i
+        assert len(batch) <= sizes[name] and max(targets) - min(targets) < sizes[name]
+        for _, *ids, end in batch:
+            assert len(set(ids)) == len(ids) == (5 if sp.FORMATS[name][1] else 1) and end == EOS
     assert make(0, 0) == batches and make(0, 1) != batches != make(1, 0)  # seed, epoch
 
 # --- runs that are killed, interrupted and run out of disk ---
@@ -326,20 +335,18 @@ def test_training_takes_the_memory_that_there_is_and_no_more(
     model = T5(T5Config(**shape, dropout_rate=0.0, feed_forward_proj="gated-gelu"))
     args = sp.parse_arguments(["--size", "base", "--device", "cpu", "--micro-batch-size",
                                *(str(times * n) for n in (25, 35, 40, 60))])
-    sizes, encode = dict(zip(sp.FORMATS, args.micro_batch_size)), sp.cached_encoder(tokenizer)
-    batches = sp.make_batches(*solved, encode, sizes, 0, 0)
+    monkeypatch.setattr(sp, "count_parameters", lambda name: sum(
+        parameter.numel() for parameter in model.parameters()))
+    batches = sp.make_batches(*solved, tokenizer, args.micro_batch_size, 0, 0)
+    longest = max((example for batch in batches for example in batch),
+                  key=lambda example: len(example.input_ids) + len(example.labels))
     monkeypatch.setattr(sp, "free_memory", allowed(cap * 1e9, model))
-    sp.measure_passes(model, [pair for batch in batches for pair in batch], encode, args)
-    state = sum(sp.state_bytes(sp.count_parameters(model), args))
-    heaviest = sorted(batches, key=lambda batch: sp.padded_tokens(
-        len(batch), *map(max, zip(*(sp.lengths(pair, encode) for pair in batch))),
-        args.pass_weights))[-1:]
-    peaks = []
-    for batch in heaviest:
-        assert len(sp.split_into_passes(batch, encode, args.tokens_per_pass, args.pass_weights)) > 1
-        work = functools.partial(sp.add_gradients, model, [batch], encode, args)
-        peaks.append(state + sp.memory_of("cpu", lambda: work(args.tokens_per_pass))[0])
-    assert 0.8 * cap < max(peaks) / 1e9 <= cap
+    sp.measure_passes(model, longest, args)
+    heaviest = max(batches, key=lambda batch: sp.pass_tokens(batch, args.pass_weights))
+    assert len(sp.split_into_passes(heaviest, args.tokens_per_pass, args.pass_weights)) > 1
+    peak, _ = sp.memory_of("cpu", lambda: sp.add_gradients(model, [heaviest], args,
+                                                           args.tokens_per_pass))
+    assert 0.8 * cap < (sum(sp.state_bytes(args)) + peak) / 1e9 <= cap
 
 def test_the_meter_counts_tensors_that_exist_at_the_same_time():
     weights = torch.ones(1000, requires_grad=True)  # 4 kB, from before
@@ -356,14 +363,14 @@ def test_the_meter_counts_tensors_that_exist_at_the_same_time():
 def test_the_gradient_is_the_same_for_any_split_into_passes(codex, solved, tokenizer, loss):
     examples, pool = solved
     examples = build_examples(codex[:4], tokenizer, list(sp.FORMATS), loss)[0] + examples[:8]
-    encode, args = sp.cached_encoder(tokenizer), sp.parse_arguments(["--loss", loss])
-    batches = sp.make_batches(examples, pool, encode, dict(zip(sp.FORMATS, (5, 6, 9, 9))), 0, 0)
+    args = sp.parse_arguments(["--loss", loss])
+    batches = sp.make_batches(examples, pool, tokenizer, (5, 6, 9, 9), 0, 0)
     torch.manual_seed(0)
     model = T5(T5Config(**SHAPE | {"dropout_rate": 0.0}))
     results = {}
     for limit in (math.inf, 4000, 900, 1):
         model.zero_grad()
-        losses = torch.stack(sp.add_gradients(model, batches, encode, args, limit))
+        losses = torch.stack(sp.add_gradients(model, batches, args, limit))
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         results[limit] = losses, gradient
     losses, gradient = results[math.inf]
@@ -377,10 +384,10 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_passes(
         norms, collate = [], sp.collate
         monkeypatch.setattr(sp, "check_finite", lambda losses, norm, *_: norms.append(norm.item()))
 
-        def collate_or_fail(pairs, encode, device):
-            if len(pairs) > fails:
+        def collate_or_fail(examples, device):
+            if len(examples) > fails:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
-            return collate(pairs, encode, device)
+            return collate(examples, device)
 
         with monkeypatch.context() as patch:
             patch.setattr(sp, "collate", collate_or_fail)

@@ -202,7 +202,7 @@ def held_out_batch():
     tokenizer = Tokenizer(TOY / "tuned-1M")
     examples, _ = build_examples((parse_record(record, "") for record in records), tokenizer,
                                  ["zero_shot_cot"])
-    return collate([(example, []) for example in examples], tokenizer.encode, "cpu")
+    return collate(examples, "cpu")
 
 def held_out_loss(name):
     """Return [(step, mean, standard error)] of the KL of an experiment's checkpoints to the teacher
