@@ -10,7 +10,6 @@ authors is computed beside it. Tables, plots and the command come last.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import math
@@ -26,9 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5 import UserError, best_device, download, free_memory, in_range, is_out_of_memory
-from t5 import load_pretrained, model_file, pad_sequences, run_command
-from t5 import show_progress
+from t5 import T5, UserError, best_device, download, free_memory, in_range, is_out_of_memory
+from t5 import load_pretrained, names_file, pad_sequences, read_config, run_command, show_progress
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait: that must precede torch
@@ -49,10 +47,10 @@ class Problem:
     split: str = ""  # "validation" or "test", if its set has parts
 
     def __post_init__(self):
-        if not (isinstance(self.question, str) and self.question.strip()):
+        if not isinstance(self.question, str) or not self.question.strip():
             raise ValueError("the question is empty or not a string")
-        if not (math.isfinite(self.answer) if isinstance(self.answer, float)
-                else isinstance(self.answer, str) and self.answer):
+        is_number = isinstance(self.answer, float) and math.isfinite(self.answer)
+        if not is_number and not (isinstance(self.answer, str) and self.answer):
             raise ValueError(f"the answer {self.answer!r} is neither a finite float nor text")
 
 def parse_gsm8k(line):
@@ -95,16 +93,16 @@ def parse_gold_answer(text):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A math problem set."""
+    """A problem set: a math set, or a task of BBH, which has only a test part."""
 
     name: str
     file: str  # its path in the data folder (.jsonl, .json or .xml)
     parse: Callable  # a function from one entry (a line, an object, a node) to a Problem
-    validation: int  # the size of the validation part (at most half); no set has an official one
-    validate: bool  # evaluate the validation part at every checkpoint
-    select: bool  # count it in the choice of the checkpoint; this needs validate
+    validation: int = 0  # the size of the validation part, at most half; none is official
+    validate: bool = False  # evaluate the validation part at every checkpoint
+    select: bool = False  # count it in the choice of the checkpoint; this needs validate
 
-# GSM8K is in distribution (training uses its training set), so it does not select.
+# The math sets. GSM8K is in distribution (training uses its training set), so it does not select.
 DATASETS = {
     "gsm8k": Dataset("GSM8K", "gsm8k/test.jsonl", parse_gsm8k, 500, validate=True, select=False),
     "multiarith": Dataset("MultiArith", "multiarith/MultiArith.json", parse_multiarith, 200,
@@ -122,58 +120,57 @@ def bbh_tasks(folder):
     found = {path.stem for path in Path(folder).glob("bbh/bbh/[!.]*.json")}
     return sorted(found) if found - set(BBH_TASKS) else BBH_TASKS
 
-def display_name(task, folder, cot=True):
-    """Return a task's name for tables, so that nobody takes the toy world for the real sets."""
+def display_name(task, folder, cot=True, shots=0):
+    """Return a task's name for tables: its set, so that nobody takes the toy world for the real
+    ones, and its prompt. shots: the number of demonstrations of a math problem."""
     is_toy = Path(folder).resolve() == TOY
     if task == "bbh":
         return f"{'generic' if is_toy else 'BBH'} {'CoT' if cot else 'answer-only'}"
-    return "toy-" * is_toy + (DATASETS[task].name if task in DATASETS else task)
+    name = "toy-" * is_toy + (DATASETS[task].name if task in DATASETS else task)
+    name += f", {shots} shots" if shots and task in DATASETS else ""
+    return name if cot else f"{name}, answer-only"
 
 def data_file(folder, name):
     """Return the path of a file in the data folder, after downloading it if it is missing."""
-    target = Path(folder) / name
     if name not in SOURCES and not name.startswith("bbh/"):
-        return target
+        return Path(folder) / name
     repository, path, sha256 = SOURCES.get(name, (BBH_SOURCE, name.removeprefix("bbh/"), None))
-    return download(f"{GITHUB}/{repository}/{path}", target, sha256)
+    return download(f"{GITHUB}/{repository}/{path}", Path(folder) / name, sha256)
 
 def load(task, split="test", folder=DEFAULT_DATA):
     """Return the problems of a math set or of a BBH task as a list of Problem.
-
     split: "train" (only GSM8K has one), "validation", "test" or "all". Validation and test parts
-    are drawn with a fixed seed and are in random order, so that the first n are a sample. All of a
-    BBH task is its test part. Raises UserError naming the file and the problem."""
-    if task not in (known := [*DATASETS, *bbh_tasks(folder)]):
+    are drawn with a fixed seed and are in random order, so that the first n are a sample. Raises
+    UserError naming the file and the problem."""
+    known = DATASETS | {name: Dataset(name, f"bbh/bbh/{name}.json", parse_bbh)
+                        for name in bbh_tasks(folder)}
+    if task not in known:
         raise UserError(f"no task {task!r}; choose from {', '.join(known)}")
-    parts = ["validation"] * (task in DATASETS) + ["test", "all"] + ["train"] * (task == "gsm8k")
+    dataset = known[task]
+    parts = ["validation"] * (dataset.validation > 0) + ["test", "all"]
+    parts += ["train"] * (task == "gsm8k")
     if split not in parts:
         raise UserError(f"{task} has no {split!r} part; choose from {', '.join(parts)}")
     if split == "train":
         return read_problems(data_file(folder, "gsm8k/train.jsonl"), parse_gsm8k)
-    size, file, parse = 0, f"bbh/bbh/{task}.json", parse_bbh
-    if task in DATASETS:
-        size, file, parse = DATASETS[task].validation, DATASETS[task].file, DATASETS[task].parse
-    problems = read_problems(data_file(folder, file), parse)
+    problems = read_problems(data_file(folder, dataset.file), dataset.parse)
     shuffled = list(problems)
     random.Random(0).shuffle(shuffled)
-    size = min(size, len(problems) // 2)
+    size = min(dataset.validation, len(problems) // 2)
     for i, problem in enumerate(shuffled):
         problem.split = "validation" if i < size else "test"
-    return {"validation": shuffled[:size], "test": shuffled[size:], "all": problems}[split]
+    return problems if split == "all" else [p for p in shuffled if p.split == split]
 
 def load_demonstrations(source, folder=DEFAULT_DATA):
     """Return demonstrations for math prompts, a list of Problems: those in a file in GSM8K's
     format, or a number of them drawn from GSM8K's training set with a fixed seed."""
-    if isinstance(source, int):
-        return random.Random(0).sample(load("gsm8k", "train", folder) if source else [], source)
-    return read_problems(source, parse_gsm8k)
-
-BAD_DATA = ValueError, LookupError, TypeError, AttributeError, RecursionError  # what parsers raise
+    if not isinstance(source, int):
+        return read_problems(source, parse_gsm8k)
+    return random.Random(0).sample(load("gsm8k", "train", folder), source) if source else []
 
 def read_problems(path, parse):
     """Read a file of problems. Raises UserError naming the file and the line or problem."""
     problems = []
-    remedy = "fix the file; a publisher's file is downloaded again after you delete it"
     try:
         for entry in read_entries(path):
             problems.append(parse(entry))
@@ -182,10 +179,11 @@ def read_problems(path, parse):
         return problems
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; put the file there") from None
-    except (*BAD_DATA, ElementTree.ParseError) as error:
+    except Exception as error:  # parsers raise many kinds
         fault = f"no key {error}" if isinstance(error, KeyError) else error
         unit = "line" if Path(path).suffix == ".jsonl" else "problem"
-        raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; {remedy}") from None
+        raise UserError(f"{path}, {unit} {len(problems) + 1}: {fault}; fix the file; a publisher's "
+                        "file is downloaded again after you delete it") from None
 
 def read_entries(path):
     """Return the entries of a file: lines, the objects of a JSON list (in BBH's files the list
@@ -216,8 +214,8 @@ def math_prompt(question, cot, demonstrations=()):
     answer-only, zero-shot or with demonstrations (Problems) in context."""
     if not cot and not demonstrations:
         return f"Q: {question} A:"
-    ask = f"Q: {question}\n" + ("Let's think step by step" if cot else "A:")
-    return "".join(math_demonstration(problem, cot) for problem in demonstrations) + ask
+    shown = "".join(math_demonstration(problem, cot) for problem in demonstrations)
+    return f"{shown}Q: {question}\n" + ("Let's think step by step" if cot else "A:")
 
 def math_demonstration(problem, cot):
     """Return a solved problem as it precedes the question in context."""
@@ -225,26 +223,20 @@ def math_demonstration(problem, cot):
     return f"{ask}{math_target(problem, cot)}\n\n"
 
 def bbh_prompt(task, question, cot, folder=DEFAULT_DATA):
-    """Return a BBH question after the benchmark's three demonstrations of its task."""
-    ask = "A: Let's think step by step." if cot else "A:"
-    return f"{bbh_demonstrations(task, cot, folder)}Q: {question}\n{ask}"
-
-@functools.cache
-def bbh_demonstrations(task, cot, folder):
-    """Return a task's description and demonstrations; answer-only drops their reasoning."""
+    """Return a BBH question after the description of its task and the benchmark's three
+    demonstrations, which lose their reasoning if the prompt is answer-only."""
     path = data_file(folder, f"bbh/cot-prompts/{task}.txt")
-    try:
-        text = path.read_text(encoding="utf-8").partition("-----\n")[2].strip()
-        if not text:
+    with names_file(path, "a prompt of BBH", "delete it to download it again"):
+        shown = path.read_text(encoding="utf-8").partition("-----\n")[2].strip()
+        if not shown:
             raise ValueError("no demonstrations after a line of five hyphens")
-        if not cot:
-            reasoning = r"A: Let's think step by step\..*?[Tt]he answer is (.*?)\.?(?=\n\nQ: |\Z)"
-            text, count = re.subn(reasoning, r"A: \1", text, flags=re.DOTALL)
-            if count != text.count("\nQ: "):
-                raise ValueError("not every demonstration ends in 'the answer is ...'")
-        return text + "\n\n"
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; delete it to download it again") from None
+        if cot:
+            return f"{shown}\n\nQ: {question}\nA: Let's think step by step."
+        reasoning = r"A: Let's think step by step\..*?[Tt]he answer is (.*?)\.?(?=\n\nQ: |\Z)"
+        shown, count = re.subn(reasoning, r"A: \1", shown, flags=re.DOTALL)
+        if count != shown.count("\nQ: "):
+            raise ValueError("not every demonstration ends in 'the answer is ...'")
+        return f"{shown}\n\nQ: {question}\nA:"
 
 def problems_and_prompts(task, cot, split="test", folder=DEFAULT_DATA, limit=None,
                          demonstrations=()):
@@ -313,7 +305,6 @@ def exact_match(output, answer):
 
 def authors_match(output, answer, is_math, cot):
     """Score an output by the rules behind the paper's figures; answer is a text.
-
     Math: the last digits of output and answer agree, so signs do not count and "1,080" is read as
     80. BBH: the answer occurs between the first "the answer is" (in lower case) and the second or
     the end, or anywhere in an answer-only output."""
@@ -379,22 +370,21 @@ def score(problem, task, prompt, output, cot):
 
 def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None,
                   demonstrations=(), verbose=False, **options):
-    """Evaluate a task by name; "bbh" is the mean over all BBH tasks. BBH has only a test part.
-
+    """Evaluate a task by name; "bbh" is the mean over all BBH tasks, which have only a test part.
     limit, demonstrations: see problems_and_prompts(). options: see evaluate().
     verbose: print a line for each task when its evaluation ends."""
-    if task == "bbh":
-        parts = [evaluate_task(model, tokenizer, name, cot, "test", folder, limit, verbose=verbose,
-                               **options) for name in bbh_tasks(folder)]
-        return summarize([prediction for part in parts for prediction in part.predictions])
-    start = time.time()
-    problems, prompts = zip(*problems_and_prompts(task, cot, split, folder, limit, demonstrations))
-    result = evaluate(model, tokenizer, problems, prompts, task=task, cot=cot, **options)
-    if verbose:
-        shots = f", {len(demonstrations)} shots" if demonstrations and task in DATASETS else ""
-        print(f"{display_name(task, folder)}{shots}{'' if cot else ', answer-only'}: {result} % of "
-              f"{len(problems):,} problems, {time.time() - start:.0f} s", flush=True)
-    return result
+    predictions = []
+    for name in bbh_tasks(folder) if task == "bbh" else [task]:
+        start = time.time()
+        pairs = problems_and_prompts(name, cot, split, folder, limit, demonstrations)
+        problems = [problem for problem, _ in pairs]
+        prompts = [prompt for _, prompt in pairs]
+        e = evaluate(model, tokenizer, problems, prompts, task=name, cot=cot, **options)
+        predictions += e.predictions
+        if verbose:
+            print(f"{display_name(name, folder, cot, len(demonstrations))}: {e} % of "
+                  f"{len(problems):,} problems, {time.time() - start:.0f} s", flush=True)
+    return summarize(predictions)
 
 @dataclass
 class Evaluation:
@@ -409,7 +399,6 @@ class Evaluation:
 
 def summarize(predictions, rule="correct", baseline=None):
     """Average predictions over tasks; return an Evaluation.
-
     rule: "correct" (exact match) or "correct_by_authors".
     baseline: another model's predictions for the same problems; returns the paired difference."""
     scores = {}  # task: one number per problem
@@ -425,18 +414,15 @@ def summarize(predictions, rule="correct", baseline=None):
 
 class PredictionFile:
     """Predictions in a JSONL file, written line by line, so that an evaluation can be resumed.
-
-    Each line records the model's name and the settings that affect its output (weights, decoding).
-    A line is reused only if task, prompt, model and settings are the same, so one file can hold
-    several models. A line cut short by an interruption is ignored."""
+    An output is used again only if task, prompt, model and the settings that affect it (weights,
+    decoding) are the same, so one file can hold several models."""
 
     def __init__(self, path, model, **settings):
         self.path = Path(path)
         self.origin = {"model": model, "settings": settings}
-        self.known = {}  # {(task, prompt): output}
-        for p in read_predictions(path) if self.path.exists() else ():
-            if {key: p.get(key) for key in self.origin} == self.origin:
-                self.known[p["task"], p["prompt"]] = p["output"]
+        stored = read_predictions(path) if self.path.exists() else []
+        self.known = {(p["task"], p["prompt"]): p["output"] for p in stored
+                      if (p.get("model"), p.get("settings")) == (model, settings)}
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             with open(self.path, "a") as file:
                 file.write("\n")  # end a line that was cut short
@@ -449,51 +435,50 @@ class PredictionFile:
 
 def read_predictions(path):
     """Read a file of predictions as dicts. Raises UserError if it is something else."""
-    lines, predictions = Path(path).read_bytes().splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            prediction = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # cut short
-        keys = ("task", "prompt", "output")
-        if type(prediction) is not dict or not all(type(prediction.get(k)) is str for k in keys):
-            raise UserError(f"{path}, line {number}: not a prediction; choose another --out")
-        predictions.append(prediction)
-    if lines and not predictions and not lines[0].startswith(b"{"):
-        raise UserError(f"{path}: not a file of predictions; choose another --out")
+    predictions = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        with names_file(f"{path}, line {number}", "a prediction", "choose another --out or --show"):
+            try:
+                prediction = json.loads(line)
+            except (ValueError, RecursionError):
+                if number > 1 or line.startswith(b"{"):
+                    continue  # cut short
+                raise  # the file is of another kind
+            "".join(prediction[key] for key in ("task", "prompt", "output"))  # raises if not texts
+            predictions.append(prediction)
     return predictions
 
 def table(columns, rows, title="accuracy, %"):
-    """Format a table: a title and column names, then rows (name, [Evaluation or None])."""
+    """Format a table: a title and column names, then rows (name, [Evaluation])."""
     lines = [[title, *columns]]
-    lines += [[name, *("-" if e is None else str(e) for e in entries)] for name, entries in rows]
+    lines += [[name, *map(str, evaluations)] for name, evaluations in rows]
     first, *widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(f"{name:<{first}}" + "".join(f"  {x:>{n}}" for x, n in zip(cells, widths))
                      for name, *cells in lines)
 
-def compare(names, models):
-    """Compare models, {name: [Evaluation per task]}: tables with a row per task (names) and a
-    column per model, which goes by its number. They contain the accuracies by exact match, the
-    paired differences to the first model, and the accuracies by the authors' rules."""
-
-    def rows(evaluations, rule="correct", baseline=None):
-        return [(name, [summarize(e[i].predictions, rule, baseline and baseline[i].predictions)
-                        for e in evaluations]) for i, name in enumerate(names)]
-
-    first, *others = models.values()
-    numbers = [str(number) for number, _ in enumerate(models, 1)]
-    legend = "\n".join(map("  ".join, zip(numbers, models)))
-    blocks = [legend, table(numbers, rows(models.values()))]
-    if others:
-        columns = [f"{number} - 1" for number in numbers[1:]]
-        blocks.append(table(columns, rows(others, baseline=first), "difference, %"))
-    blocks.append(table(numbers, rows(models.values(), "correct_by_authors"), "authors' rule, %"))
+def compare(models, rows):
+    """Compare models, which go by their numbers, in tables with a row per task. They contain the
+    accuracies by exact match, the paired differences to the first model, and the accuracies by the
+    authors' rules. rows: [(name, [Evaluation per model])]."""
+    differences, by_authors = [], []
+    for name, evaluations in rows:
+        outputs = [e.predictions for e in evaluations]
+        differences.append((name, [summarize(p, "correct", outputs[0]) for p in outputs[1:]]))
+        by_authors.append((name, [summarize(p, "correct_by_authors") for p in outputs]))
+    numbers = [str(number) for number in range(1, len(models) + 1)]
+    blocks = ["\n".join(map("  ".join, zip(numbers, models))), table(numbers, rows)]
+    if len(models) > 1:
+        blocks.append(table([f"{n} - 1" for n in numbers[1:]], differences, "difference, %"))
+    blocks.append(table(numbers, by_authors, "authors' rule, %"))
     return "\n\n".join(blocks)
 
 def show_cases(path, count, tasks=(), split="all"):
     """Yield lines that fit the terminal: up to `count` right and wrong predictions per model, task
-    and settings. tasks: names, "bbh" for all that are not math sets, or nothing for all.
-    split: the part of the math sets, or "all"; predictions of older versions do not name theirs."""
+    and settings, from a file or a run's folder. tasks: names, "bbh" for all but the math sets, or
+    nothing for all. split: a part of math sets, or "all"; old predictions do not name theirs."""
+    path = Path(path) / "predictions.jsonl" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: No such file; give --show a run or a file of predictions")
     width = shutil.get_terminal_size().columns
     groups = {}
     for p in read_predictions(path):
@@ -530,34 +515,28 @@ def log_linear_fit(parameters, accuracies):
 def scaling_plot(path, points):
     """Plot accuracy against model size, with the log-linear fit.
     points: {label: [(parameters, accuracy in percent, standard error)]}, at least two sizes."""
-    if any(len({size for size, _, _ in models}) < 2 for models in points.values()):
-        raise UserError("a scaling plot needs models of at least two sizes; add a model")
-    axes, ends = new_axes("number of parameters", "accuracy (%)"), []
+    axes = new_axes("number of parameters", "accuracy (%)")
     axes.set_xscale("log")
     for label, models in points.items():
-        sizes, accuracies, stderrs = map(np.array, zip(*sorted(models)))
+        sizes, accuracies, stderrs = zip(*sorted(models))
         slope, error, intercept = log_linear_fit(sizes, accuracies)
-        fit = intercept + slope * np.log10(sizes)
-        dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3)
-        axes.plot(sizes, fit, "--", color=dots.get_color())
         error = "" if math.isnan(error) else f" ± {error:.1f}"
         label = f"{label}\n{slope:+.1f}{error} per factor 10"
-        ends.append((fit[-1], sizes[-1], label, dots.get_color()))
-    save_plot(path, axes, ends)
+        dots, *_ = axes.errorbar(sizes, accuracies, stderrs, fmt="o", capsize=3, label=label)
+        axes.plot(sizes, intercept + slope * np.log10(sizes), "--", color=dots.get_color())
+    save_plot(path, axes)
 
 def curves_plot(path, curves, ylabel="accuracy (%)", mark=None):
     """Plot curves over training steps: {label: [(step, mean, standard error)]}.
     mark: a step to mark with a vertical line, the selected checkpoint's."""
-    axes, ends = new_axes("optimizer steps", ylabel), []
+    axes = new_axes("optimizer steps", ylabel)
     for label, points in curves.items():
-        steps, means, stderrs = zip(*points)
-        line, *_ = axes.errorbar(steps, means, stderrs, fmt=".-", capsize=2)
-        ends.append((means[-1], steps[-1], label, line.get_color()))
+        axes.errorbar(*zip(*points), fmt=".-", capsize=2, label=label)
     if mark is not None:
         axes.axvline(mark, color="gray", linestyle=":")
         axes.text(mark, 1, "selected ", color="gray", ha="right", va="bottom",
                   transform=axes.get_xaxis_transform())  # 1: the top of the plot
-    save_plot(path, axes, ends)
+    save_plot(path, axes)
 
 def new_axes(xlabel="", ylabel=""):
     """Return the axes of a new figure. Raises UserError if matplotlib is missing."""
@@ -571,20 +550,18 @@ def new_axes(xlabel="", ylabel=""):
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 
-def save_plot(path, axes, ends):
-    """Write each curve's label at its right end, moved up if it would overlap the one below it, and
-    save the figure in the format of the file's extension. ends: [(y, x, label, color)]."""
+def save_plot(path, axes):
+    """Write each curve's label at its right end, moved up so that none overlap; save the figure."""
     bottom, top = axes.get_ylim()
     free = -math.inf  # there is room from this height on
-    for y, x, label, color in sorted(ends):
-        y = max(y, free)
-        axes.annotate(label, (x, y), (6, 0), textcoords="offset points", va="center", color=color,
-                      annotation_clip=False)
+    for bars in sorted(axes.containers, key=lambda bars: bars[0].get_ydata()[-1]):
+        x, y = bars[0].get_xydata()[-1]
+        y, label = max(y, free), bars.get_label()
+        axes.annotate(label, (x, y), (6, 0), textcoords="offset points", va="center",
+                      color=bars[0].get_color(), annotation_clip=False)
         free = y + 0.09 * (1 + label.count("\n")) * (top - bottom)
-    try:
+    with names_file(path, "a name for a plot", "choose another name"):
         axes.figure.savefig(path, dpi=200, bbox_inches="tight")  # with room for the labels
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; choose another name") from None
 
 def trade_off_plot(path, logs):
     """Plot the accuracies in logs of runs against training steps: the math validation sets, and
@@ -597,9 +574,9 @@ def trade_off_plot(path, logs):
         prefix = f"{log.parent.name}, " if len(logs) > 1 else ""
         for entry in read_log(log):
             measured = entry.get("validation", {}) | entry.get("bbh", {})
-            for task, (accuracy, stderr) in measured.items():
-                is_bbh = task in ("CoT", "answer-only")
-                name = display_name("bbh" if is_bbh else task, run.get("data", ""), task == "CoT")
+            for column, (accuracy, stderr) in measured.items():
+                task = "bbh" if column in ("CoT", "answer-only") else column
+                name = display_name(task, run.get("data", ""), cot=column != "answer-only")
                 point = entry["step"], 100 * accuracy, 100 * stderr
                 curves.setdefault(prefix + name, []).append(point)
     if not curves:
@@ -609,16 +586,13 @@ def trade_off_plot(path, logs):
 def read_log(path):
     """Read a run's log.jsonl as a list of dicts, without a last line that was cut short."""
     entries = []
-    try:
-        for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]:
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        with names_file(f"{path}, line {number}", "an entry of a log", "delete this line"):
             entry = json.loads(line)
             int(entry["step"])  # these raise if the entry is none of a log's
             dict(entry.get("validation", {}).values())
             entries.append(entry)
-        return entries
-    except BAD_DATA as error:
-        raise UserError(f"{path}, line {len(entries) + 1}: not an entry of a log ({error}); delete "
-                        "this line") from None
+    return entries
 
 # --- the command ---
 
@@ -632,8 +606,7 @@ def parse_arguments():
     add("--shots", type=int, default=0, choices=[0, 4],
         help="demonstrations before a math problem, from GSM8K's training set (default: 0)")
     add("--demonstrations", metavar="FILE", help="your own, in GSM8K's format (default: none)")
-    add("--answer-only", dest="cot", action="store_false",
-        help="prompt without chain of thought (default: with)")
+    add("--answer-only", dest="cot", action="store_false", help="no reasoning (default: with it)")
     add("--data", type=Path, default=DEFAULT_DATA, help="problem sets (default: %(default)s)")
     add("--split", default="test", choices=["validation", "test", "all"], help="default: test")
     add("--limit", type=positive, help="problems per task (default: all)")
@@ -642,7 +615,7 @@ def parse_arguments():
     add("--out", type=Path, default=Path("runs/predictions.jsonl"),
         help="file of predictions; those in it are not generated again (default: %(default)s)")
     add("--show", type=in_range(int), metavar="N", help="show N right and N wrong predictions per "
-        "task of the files given as MODEL, and exit (default: evaluate)")
+        "task of the files or runs given as MODEL, and exit (default: evaluate)")
     add("--plot", type=Path, metavar="PICTURE", help="plot accuracy against model size, or the "
         "accuracies in the log.jsonl of runs, given as MODEL (default: no plot)")
     add("--device", choices=sorted({"cpu", best_device()}), default=best_device(),
@@ -651,15 +624,15 @@ def parse_arguments():
     return parser.parse_args()
 
 def find_model(name):
-    """Return a model's folder or hub name, after checking it; a run's folder becomes its model/."""
+    """Return a model's folder (a run's is its model/) or hub name, and its number of parameters."""
     run = Path(name)
     if (run / "arguments.json").exists():
         name = str(run / "model")
         if not (run / "model").exists():
             checkpoints = ", ".join(map(str, sorted(run.glob("checkpoint-*")))) or "not saved yet"
             raise UserError(f"{run}: not finished; its checkpoints are {checkpoints}")
-    model_file(name, "config.json")
-    return name
+    with torch.device("meta"):  # shapes without values, for which config.json suffices
+        return name, sum(parameter.numel() for parameter in T5(read_config(name)).parameters())
 
 def weights_hash(model):
     """Return a short hash of the first 64 numbers of every parameter."""
@@ -675,32 +648,39 @@ def main():
         return
     if args.plot:
         new_axes()  # if matplotlib is missing, stop here, not after the evaluation
-    if args.plot and args.models[0].endswith(".jsonl"):
-        return trade_off_plot(args.plot, args.models)
+    logs = [name for name in args.models if name.endswith(".jsonl")]
+    if args.plot and logs == args.models:
+        return trade_off_plot(args.plot, logs)
+    if logs:
+        raise UserError(f"{logs[0]}: not a model; give --plot either models or log.jsonl files, "
+                        "and --show files of predictions")
 
-    names = [find_model(name) for name in args.models]
+    sizes = dict(map(find_model, args.models))  # {name: number of parameters}
+    if args.plot and len(set(sizes.values())) < 2:
+        raise UserError("a scaling plot needs models of at least two sizes; add a model")
     tasks = args.tasks or list(DATASETS)
     for task in sorted(set(tasks) - {"bbh"}):
         load(task, "test", args.data)  # find what is missing before evaluating the first model
     shots = args.demonstrations or args.shots
     demonstrations = load_demonstrations(shots, args.data)
-    models, points = {}, {task: [] for task in tasks}
-    for number, name in enumerate(names, 1):
+    rows = [(display_name(task, args.data, args.cot, len(demonstrations)), []) for task in tasks]
+    for number, name in enumerate(sizes, 1):
         print(f"{number}  {name}", flush=True)
         dtype = getattr(torch, args.dtype)
         model, tokenizer = load_pretrained(name, device=args.device, dtype=dtype)
         file = PredictionFile(args.out, name, weights=weights_hash(model), dtype=args.dtype,
                               cot=args.cot, shots=shots, max_new_tokens=args.max_new_tokens)
-        models[name] = [
-            evaluate_task(model, tokenizer, task, args.cot, args.split, args.data, args.limit,
-                          demonstrations, True, batch_size=args.batch_size,
-                          max_new_tokens=args.max_new_tokens, file=file)
-            for task in tasks]
-        size = sum(parameter.numel() for parameter in model.parameters())
-        for task, e in zip(tasks, models[name]):
-            points[task].append((size, 100 * e.accuracy, 100 * e.stderr))
-    print(f"\n{compare([display_name(task, args.data, args.cot) for task in tasks], models)}")
+        for task, (_, evaluations) in zip(tasks, rows):
+            evaluations.append(evaluate_task(
+                model, tokenizer, task, args.cot, args.split, args.data, args.limit,
+                demonstrations, verbose=True, batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens, file=file))
+    print(f"\n{compare(sizes, rows)}")
     if args.plot:
+        points = {}
+        for row, evaluations in rows:
+            points[row] = [(size, 100 * e.accuracy, 100 * e.stderr)
+                           for size, e in zip(sizes.values(), evaluations)]
         scaling_plot(args.plot, points)
 
 if __name__ == "__main__":

@@ -230,6 +230,18 @@ def test_a_set_of_ones_own_takes_a_parser_and_an_entry(tmp_path, monkeypatch, co
     with pytest.raises(UserError, match="mine.jsonl, line 2: not enough values"):
         ev.load("mine", "test", tmp_path)
 
+@pytest.mark.parametrize("folder, arguments, name", [
+    ("sets", ("gsm8k",), "GSM8K"), (TOY, ("gsm8k",), "toy-GSM8K"),
+    ("sets", ("gsm8k", True, 4), "GSM8K, 4 shots"),
+    ("sets", ("gsm8k", False), "GSM8K, answer-only"),
+    (TOY, ("svamp", False, 4), "toy-SVAMP, 4 shots, answer-only"),
+    ("sets", ("bbh", True, 4), "BBH CoT"), (TOY, ("bbh", False), "generic answer-only"),
+    ("sets", ("navigate", True, 4), "navigate"),
+    ("sets", ("navigate", False), "navigate, answer-only")])
+def test_a_row_is_named_by_set_and_prompt(folder, arguments, name):
+    task, *prompt = arguments
+    assert ev.display_name(task, folder, *prompt) == name
+
 # --- accuracy ---
 
 def test_accuracy_is_the_share_of_right_answers_in_the_order_of_the_problems(student):
@@ -308,7 +320,9 @@ def test_the_command_compares_models_by_both_rules_and_generates_nothing_twice(c
                ["authors' rule, %", "1", "2"]]
     for text, header in zip(tables, headers, strict=True):
         first, *rows = [re.split("  +", line) for line in text.splitlines()]
-        assert first == header and [row[0] for row in rows] == ["toy-SVAMP", "toy-opposites"]
+        assert first == header
+        names = ["toy-SVAMP, 4 shots, answer-only", "toy-opposites, answer-only"]
+        assert [row[0] for row in rows] == names
         assert all(len(row) == len(header) and "±" in row[-1] for row in rows)
     lines = ev.read_predictions(tmp_path / "out.jsonl")
     assert [line["model"] for line in lines] == ["raw"] * 8 + ["student"] * 8
@@ -326,15 +340,15 @@ def test_the_table_scores_the_same_outputs_by_both_rules():
     cases = [(-5.0, "so 5"), (1234.0, "so 1,234"), (7.0, "so 7"), (8.0, "so -8")]
     e = ev.summarize([ev.score(ev.Problem("a", answer), "svamp", "p", output, True)
                       for answer, output in cases])
-    _, exact, by_authors = ev.compare(["SVAMP"], {"student": [e]}).split("\n\n")
+    _, exact, by_authors = ev.compare(["student"], [("SVAMP", [e])]).split("\n\n")
     assert exact.splitlines()[1].split()[:2] == ["SVAMP", "50.0"]
     assert by_authors.splitlines()[1].split()[:2] == ["SVAMP", "75.0"]
 
 def test_tables_of_three_models_and_all_bbh_tasks_fit_80_columns():
-    right, wrong = ([ev.Evaluation(0, 0, [{"task": "a", "correct": x, "correct_by_authors": x}])
-                     for _ in ev.BBH_TASKS] for x in (True, False))
-    models = {"google/flan-t5-base": right, "runs/base/model": wrong, "runs/large/model": right}
-    text = ev.compare(ev.BBH_TASKS, models)
+    right, wrong = (ev.summarize([{"task": "a", "correct": x, "correct_by_authors": x}])
+                    for x in (True, False))
+    models = ["google/flan-t5-base", "runs/base/model", "runs/large/model"]
+    text = ev.compare(models, [(task, [right, wrong, right]) for task in ev.BBH_TASKS])
     assert max(map(len, text.splitlines())) <= 80 and "-100.0" in text
     assert text.startswith("1  google/flan-t5-base\n2  runs/base/model\n3  runs/large/model\n\n")
 
@@ -366,6 +380,8 @@ def test_right_and_wrong_cases_are_shown_one_after_the_other(command, tmp_path, 
         printed = command(ev, "--show", 1, "--tasks", "svamp", "--split", split, path)
         assert printed == right + wrong + shown + "gold: 3.0\n----------\n"
     assert path.read_text().endswith('{"task": "sv')  # showing changes nothing
+    run = command(ev, "--show", 1, "--tasks", "svamp", "--split", "test", tmp_path)
+    assert run == printed  # a run's folder stands for its predictions
 
 def test_plots_show_a_least_squares_fit_or_say_what_is_missing(
         command, refused, tmp_path, monkeypatch):
@@ -382,8 +398,6 @@ def test_plots_show_a_least_squares_fit_or_say_what_is_missing(
         patch.setattr(ev, "find_model", None)  # nothing is computed or downloaded before
         assert "pip install matplotlib" in refused(ev, "google/flan-t5-base", "--plot", "a.png")
     reference("matplotlib")
-    with pytest.raises(UserError, match="two sizes"):
-        ev.scaling_plot(tmp_path / "a.svg", {"svamp": points["svamp"][:1] * 2})
     ev.scaling_plot(tmp_path / "a.svg", points)
     assert (tmp_path / "a.svg").read_text().count("<path") > 10
     (tmp_path / "log.jsonl").write_text('{"step": 1, "kl": 0.5}\n' + "".join(
@@ -393,6 +407,26 @@ def test_plots_show_a_least_squares_fit_or_say_what_is_missing(
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="c.xyz"):
         ev.trade_off_plot("c.xyz", ["log.jsonl"])
+    for files in (["log.jsonl", TOY / "tuned-1M"], [tmp_path, "log.jsonl"]):
+        message = refused(ev, *files, "--plot", "d.png")
+        assert "log.jsonl: not a model; give --plot either models or log.jsonl files" in message
+
+def test_a_scaling_plot_takes_sizes_from_the_configs_and_names_from_the_table(
+        command, refused, monkeypatch):
+    reference("matplotlib")
+    with monkeypatch.context() as patch:
+        patch.setattr(ev, "load_pretrained", None)  # the sizes are compared before any evaluation
+        message = refused(ev, TOY / "raw-1M", TOY / "tuned-1M", "--plot", "a.png")
+        assert "models of at least two sizes" in message
+    plots = []
+    monkeypatch.setattr(ev, "scaling_plot", lambda path, points: plots.append(points))
+    models = [TOY / "tuned-0.1M", TOY / "tuned-0.04M"]
+    command(ev, *models, "--plot", "a.png", "--data", TOY, "--tasks", "svamp,bbh", "--limit", 2,
+            "--max-new-tokens", 2, "--shots", 4, "--device", "cpu")
+    (points,) = plots
+    assert list(points) == ["toy-SVAMP, 4 shots", "generic CoT"]
+    sizes = [sum(p.numel() for p in T5.from_pretrained(model).parameters()) for model in models]
+    assert all([size for size, *_ in values] == sizes for values in points.values())
 
 def test_curves_that_end_close_together_have_labels_that_do_not_overlap(tmp_path, monkeypatch):
     figure = reference("matplotlib.figure").Figure
@@ -453,14 +487,14 @@ def test_a_damaged_problem_set_is_refused(name, fault, content, tmp_path, refuse
     assert f"sets/{name}" in message and fault in message
 
 @pytest.mark.parametrize("option, fault, content", [
-    ("--show", "No such file", None), ("--show", "no prediction", ""),
-    ("--show", "not a file of predictions", "notes\nand more\n"),
+    ("--show", "No such file; give --show a run", None), ("--show", "no prediction", ""),
+    ("--show", "line 1: not a prediction", "notes\nand more\n"),
     ("--show", "line 1: not a prediction", '{"step": 1}\n'),
     ("--plot", "No such file", None), ("--plot", "no validation yet", '{"step": 1}\n{"st'),
     ("--plot", "line 2: not an entry of a log", '{"step": 1}\n{"st\n'),
     ("--plot", "line 1: not an entry of a log", "[1]\n"), ("--plot", "line 1", NESTED + "\n"),
     ("--plot", "line 1: not an entry of a log", '{"step": 1, "validation": {"svamp": 0.5}}\n'),
-    ("--out", "not a file of predictions", "my notes")])
+    ("--out", "line 1: not a prediction", "my notes")])
 def test_a_damaged_file_of_results_is_refused(option, fault, content, tmp_path, refused):
     if content is not None:
         (tmp_path / "some.jsonl").write_text(content)
@@ -468,6 +502,10 @@ def test_a_damaged_file_of_results_is_refused(option, fault, content, tmp_path, 
                  "--out": [TOY / "tuned-1M", "--data", TOY, "--out", "some.jsonl"]}[option]
     message = refused(ev, *arguments)
     assert "some.jsonl" in message and fault in message
+
+def test_a_model_has_no_predictions_to_show(refused):
+    message = refused(ev, TOY / "tuned-1M", "--show", 3)
+    assert f"{TOY / 'tuned-1M' / 'predictions.jsonl'}: No such file; give --show a run" in message
 
 def test_what_is_missing_or_unknown_says_what_to_choose(tmp_path, refused, monkeypatch):
     for task, part, message in (("svamp", "train", "svamp has no 'train' part; choose from valid"),
