@@ -399,16 +399,18 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
 # --- model selection ---
 
 def checkpoint_tasks(args):
-    """Return what is evaluated at a checkpoint: [(task, chain of thought, demonstrations)]."""
-    math_sets = [(task, True, []) for task, dataset in DATASETS.items() if dataset.validate]
-    return math_sets + ([("bbh", True, []), ("bbh", False, [])] if args.bbh_limit else [])
+    """Return what is evaluated at a checkpoint, each as arguments of problems_and_prompts()."""
+    tasks = [(task, True, "validation", args.data, args.validation_limit)
+             for task, dataset in DATASETS.items() if dataset.validate]
+    bbh = [("bbh", cot, "test", args.data, args.bbh_limit) for cot in (True, False)]
+    return tasks + (bbh if args.bbh_limit else [])
 
 def validate(model, tokenizer, args):
     """Evaluate a checkpoint: {"validation": {math set: [accuracy, stderr]}} by zero-shot chain of
     thought, and with --bbh-limit also {"bbh": {"CoT": the same, "answer-only": the same}}."""
     entry = {"validation": {}}
-    for task, cot, _ in checkpoint_tasks(args):
-        e = evaluate_with(args, model, tokenizer, task, cot, "validation")
+    for task, cot, *options in checkpoint_tasks(args):
+        e = evaluate_with(args, model, tokenizer, task, cot, *options)
         part = entry["validation"] if task in DATASETS else entry.setdefault("bbh", {})
         name = task if task in DATASETS else "CoT" if cot else "answer-only"
         part[name] = [round(e.accuracy, 5), round(e.stderr, 5)]
@@ -678,11 +680,10 @@ def training_seconds(model, batches, args):
                      for some in (passes, sample))
     return seconds(args.device, lambda: add_gradients(model, sample, args)) * work / sampled
 
-def evaluation_seconds(model, tokenizer, tasks, split, tokens, args):
+def evaluation_seconds(model, tokenizer, tasks, tokens, args):
     """Estimate the time of evaluating tasks if outputs have so many tokens: 4 and 20 tokens for a
     few batches, from short to long, stand for all."""
-    pairs = [pair for task, cot, shots in tasks for pair in problems_and_prompts(
-        task, cot, split, args.data, limit_of(args, task, split), shots)]
+    pairs = [pair for task in tasks for pair in problems_and_prompts(*task)]
     pairs.sort(key=lambda pair: len(pair[1]))
     rows = args.eval_batch_size
     every = rows * math.ceil(len(pairs) / rows / 4)
@@ -713,9 +714,8 @@ def plan(tokenizer, examples, pool, args):
     model.zero_grad()
     solutions = sorted(len(ex.labels) for ex in examples if ex.format == args.formats[0])
     tokens = min(args.max_new_tokens, solutions[int(0.9 * len(solutions))])
-    checkpoint = evaluation_seconds(model, tokenizer, checkpoint_tasks(args), "validation", tokens,
-                                    args)
-    last = 2 * evaluation_seconds(model, tokenizer, table_tasks(args), "test", tokens, args)
+    checkpoint = evaluation_seconds(model, tokenizer, checkpoint_tasks(args), tokens, args)
+    last = 2 * evaluation_seconds(model, tokenizer, table_tasks(args), tokens, args)
     args.table_share = last / checkpoint
     evaluations = 1 + math.ceil(steps / args.checkpoint_every)
     sizes = [size / 1e9 for size in state_bytes(args)]
@@ -813,11 +813,6 @@ class TrainingLog:
         entries = [e for e in (read_log(path) if path.exists() else ()) if e["step"] <= start]
         atomic_write(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.evaluations = {entry["step"]: entry for entry in entries if "validation" in entry}
-        for entry in self.evaluations.values():
-            for task, dataset in DATASETS.items():
-                if dataset.validate and task not in entry["validation"]:
-                    raise UserError(f"{path}: step {entry['step']} has no accuracy on {task}, "
-                                    "which was added later; start another run with --name")
 
     def add_step(self, step, lr, micro_batches, losses):
         """Count an optimizer step; report it if it is due, with the mean loss of each format."""
@@ -1089,23 +1084,20 @@ def teacher_records(args, pool):
     return [Record(problem, None, f"GSM8K, line {n}") for n, problem in enumerate(stated, 1)]
 
 def table_tasks(args):
-    """Return the rows of the last table: [(task, chain of thought, demonstrations)]."""
-    shots = load_demonstrations(args.demonstrations or args.shots, args.data)
-    tasks = [(task, True, some) for some in ([], shots)[: 1 + bool(shots)] for task in DATASETS]
-    return tasks + ([] if args.skip_bbh else [("bbh", True, []), ("bbh", False, [])])
+    """Return the rows of the last table, each as arguments of problems_and_prompts()."""
+    demonstrations = load_demonstrations(args.demonstrations or args.shots, args.data)
+    tasks = [(task, True, "test", args.data, args.test_limit, shots)
+             for shots in ([], demonstrations)[: 1 + bool(demonstrations)] for task in DATASETS]
+    bbh = [("bbh", cot, "test", args.data, args.test_limit, []) for cot in (True, False)]
+    return tasks + ([] if args.skip_bbh else bbh)
 
-def evaluate_with(args, model, tokenizer, task, cot, split, demonstrations=(), file=None):
-    """Evaluate a task by the run's settings; a PredictionFile keeps the outputs."""
+def evaluate_with(args, model, tokenizer, *task, file=None):
+    """Evaluate a task, given by arguments of problems_and_prompts(), with the run's precision;
+    a PredictionFile keeps the outputs."""
     with mixed_precision(args):
         return evaluate_task(
-            model, tokenizer, task, cot, split, args.data, limit_of(args, task, split),
-            demonstrations, verbose=file is not None, file=file, batch_size=args.eval_batch_size,
-            max_new_tokens=args.max_new_tokens)
-
-def limit_of(args, task, split):
-    """Return the number of problems of a task that are evaluated, or None for all."""
-    at_checkpoint = args.validation_limit if task in DATASETS else args.bbh_limit
-    return at_checkpoint if split == "validation" else args.test_limit
+            model, tokenizer, *task, verbose=file is not None, file=file,
+            batch_size=args.eval_batch_size, max_new_tokens=args.max_new_tokens)
 
 def read_sets(args):
     """Read, and download, all problem sets before training starts. Return {name: hash of content},
@@ -1154,15 +1146,13 @@ def specialize(args, run):
     model.save_pretrained(run / "model")
     tokenizer.save(run / "model")
     tasks = table_tasks(args)
-    names = [display_name(task, args.data, cot) + f", {len(shots)} shots" * bool(shots)
-             for task, cot, shots in tasks]
+    names = [display_name(task, args.data, cot, len(shots)) for task, cot, *_, shots in tasks]
     results = {}
     for name, folder in (("base", args.model), ("specialized", run / "model")):
         model = T5.from_pretrained(folder, **options)
         file = PredictionFile(run / "predictions.jsonl", name, weights=weights_hash(model),
                               precision=args.precision, max_new_tokens=args.max_new_tokens)
-        results[name] = [evaluate_with(args, model, tokenizer, task, cot, "test", shots, file)
-                         for task, cot, shots in tasks]
+        results[name] = [evaluate_with(args, model, tokenizer, *task, file=file) for task in tasks]
     rows = [(name, entries) for name, *entries in zip(names, *results.values())]
     print(f"\n{table(list(results), rows)}\n\nSelected: step {best['step']}, the best on the "
           f"out-of-distribution validation sets: {format_metrics(best, args.data)}")
@@ -1177,6 +1167,7 @@ def specialize(args, run):
 
 def main():
     """Specialize; if the run is interrupted, print how to resume it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     args = parse_arguments()
     run = args.run
     try:
