@@ -13,7 +13,6 @@ L decoder layers, V vocabulary.
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -119,11 +118,10 @@ class Attention(nn.Module):
 
     def forward(self, x, bias, memory_kv=None, kv_cache=None):
         """Attend from x (B, n, D) to itself, or to the encoder's output; return (B, n, D).
-
         bias: (B or 1, H or 1, n or 1, m), added to the attention logits.
         memory_kv: in cross-attention, project_kv() of the encoder's output.
-        kv_cache: in decoding, when n is 1: the keys and values so far (2, B, H, T, K) and t, the
-        position of x, where its own are stored."""
+        kv_cache: in decoding (n is 1), the keys and values so far (2, B, H, T, K), and x's index t.
+        """
         q = self.split_heads(self.q(x))
         k, v = self.project_kv(x) if memory_kv is None else memory_kv
         if kv_cache is not None:
@@ -144,11 +142,11 @@ class Block(nn.Module):
 
     def __init__(self, config, is_decoder):
         super().__init__()
-        norm = functools.partial(nn.RMSNorm, config.d_model, config.layer_norm_epsilon)
-        self.self_norm, self.self_attention = norm(), Attention(config)
+        width, epsilon = config.d_model, config.layer_norm_epsilon
+        self.self_norm, self.self_attention = nn.RMSNorm(width, epsilon), Attention(config)
         if is_decoder:
-            self.cross_norm, self.cross_attention = norm(), Attention(config)
-        self.ff_norm, self.ff = norm(), FeedForward(config)
+            self.cross_norm, self.cross_attention = nn.RMSNorm(width, epsilon), Attention(config)
+        self.ff_norm, self.ff = nn.RMSNorm(width, epsilon), FeedForward(config)
         self.is_decoder = is_decoder
         self.dropout = Dropout(config.dropout_rate)
 
@@ -183,7 +181,7 @@ class Stack(nn.Module):
         distance = key_position[None, :] - query_position[:, None]  # (n, m)
         buckets = self.relative_bias.num_embeddings // (1 if self.is_decoder else 2)
         first = 0 if self.is_decoder else (distance > 0).long() * buckets  # on the key's side
-        distance = (distance.clamp(max=0) if self.is_decoder else distance).abs()
+        distance = distance.abs()  # a decoder's mask hides the positions ahead
         exact = buckets // 2
         ratio = distance.clamp(min=1) / exact  # no log of 0
         growth = ratio.log() / math.log(self.max_distance / exact)  # 0 to 1 in the ranges
@@ -427,21 +425,20 @@ def drop_finished(finished, rows, token, memory_bias, memory_kv, kv_cache):
 
 # --- files and downloads: config.json, tensor names, weights ---
 
-# Settings that are the same in every T5, and Hugging Face's names for the parts named here.
-FIXED = {"model_type": "t5", "pad_token_id": PAD, "eos_token_id": EOS,
-         "decoder_start_token_id": PAD}
-HF_NAMES = {
-    "blocks": "block", "final_norm": "final_layer_norm",
-    "self_norm": "layer.0.layer_norm", "self_attention": "layer.0.SelfAttention",
-    "cross_norm": "layer.1.layer_norm", "cross_attention": "layer.1.EncDecAttention",
-    "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias"}
+# The settings that are the same in every T5.
+FIXED = dict(model_type="t5", pad_token_id=PAD, eos_token_id=EOS, decoder_start_token_id=PAD)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def hf_name(name):
     """Translate a parameter's name into its name in Hugging Face files."""
     last = "layer.1" if name.startswith("encoder") else "layer.2"
-    names = HF_NAMES | {"ff_norm": f"{last}.layer_norm", "ff": f"{last}.DenseReluDense"}
-    return ".".join(names.get(part, part) for part in name.split("."))
+    parts = {
+        "blocks": "block", "final_norm": "final_layer_norm",
+        "self_norm": "layer.0.layer_norm", "self_attention": "layer.0.SelfAttention",
+        "cross_norm": "layer.1.layer_norm", "cross_attention": "layer.1.EncDecAttention",
+        "ff_norm": f"{last}.layer_norm", "ff": f"{last}.DenseReluDense",
+        "relative_bias": "block.0.layer.0.SelfAttention.relative_attention_bias"}
+    return ".".join(parts.get(part, part) for part in name.split("."))
 
 @contextlib.contextmanager
 def names_file(path, what, remedy="download it again"):
@@ -449,17 +446,16 @@ def names_file(path, what, remedy="download it again"):
     try:
         yield
     except Exception as error:  # torch.load raises many kinds, none of them documented
-        if Path(path).is_file() and open(path, "rb").read(23) == b"version https://git-lfs":
-            message = f"{path}: a git-lfs pointer, not the file; run `git lfs pull`"
-            raise UserError(message) from None
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+        if Path(path).is_file() and open(path, "rb").read(23) == b"version https://git-lfs":
+            reason, remedy = "a git-lfs pointer", "run `git lfs pull`"
         raise UserError(f"{path}: not {what} ({reason}); {remedy}") from None
 
 def read_config(name_or_dir):
     """Read a model's config.json; ignore keys that T5Config lacks."""
     path = model_file(name_or_dir, "config.json")
     with names_file(path, "the config of a T5"):
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_bytes())
         config = T5Config(**{k: v for k, v in stored.items() if k in T5Config.__annotations__})
         for name, value in FIXED.items():
             if stored.get(name, value) != value:
@@ -468,19 +464,17 @@ def read_config(name_or_dir):
 
 def read_weights(name_or_dir):
     """Read a model's weights, one file or shards, as {name: tensor}. No code in them is run."""
-    stems = "model.safetensors", "pytorch_model.bin"
-    path = model_file(name_or_dir, *[stem + end for stem in stems for end in ("", ".index.json")])
-    read = read_safetensors if path.name.startswith(stems[0]) else functools.partial(
-        torch.load, map_location="cpu", weights_only=True)  # it refuses a pickle that runs code
-    shards = [path.name]
+    path = model_file(name_or_dir, "model.safetensors", "model.safetensors.index.json",
+                      "pytorch_model.bin", "pytorch_model.bin.index.json")
+    safe, shards = "safetensors" in path.name, [path.name]
     if path.suffix == ".json":
         with names_file(path, "a complete index of shards"):
-            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-            shards = sorted({Path(shard).name for shard in shards})
+            index = json.loads(path.read_bytes())["weight_map"]
+            shards = sorted({Path(shard).name for shard in index.values()})
     weights = {}
     for path in [model_file(name_or_dir, shard) for shard in shards]:
         with names_file(path, "a complete file of weights"):
-            stored = read(path)
+            stored = read_safetensors(path) if safe else torch.load(path, "cpu", weights_only=True)
             for key in ("state_dict", "model_state_dict", "model"):
                 stored = stored.get(key, stored)  # the weights in a training script's checkpoint
             for name, tensor in stored.items():
@@ -605,19 +599,19 @@ def download(url, path, sha256=None, size=None, token=""):
     return path
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follow redirects; on the same host, such as to a renamed model, the token comes along."""
+    """Follow redirects; the token goes to its own host only, such as to a renamed model there."""
 
     def redirect_request(self, request, *arguments):
         new = super().redirect_request(request, *arguments)
-        if (new.type, new.host) == (request.type, request.host):
-            new.unredirected_hdrs = request.unredirected_hdrs
+        if (new.type, new.host) != (request.type, request.host):
+            new.remove_header("Authorization")
         return new
 
 def open_url(url, token="", start=0):
-    """Open a URL from byte `start` on; the token goes to its own host only."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    """Open a URL from byte `start` on, with a token for its host if there is one."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers |= {"Range": f"bytes={start}-"} if start else {}
+    request = urllib.request.Request(url, headers=headers)
     return urllib.request.build_opener(Redirects).open(request, timeout=30)
 
 def show_progress(text):
@@ -638,14 +632,14 @@ class Tokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
             if [self.model.pad_id(), self.model.eos_id(), self.model.unk_id()] != [PAD, EOS, UNK]:
                 raise ValueError("<pad>, </s> and <unk> are not 0, 1 and 2")
-        size = len(self.model)
-        self.pieces = [self.model.id_to_piece(i) for i in range(size)]
+        self.pieces = self.model.id_to_piece(list(range(len(self.model))))
         # T5's sentinels, which mark gaps, have the ids after its 32,000 pieces, the last one first.
-        self.sentinels = {f"<extra_id_{n}>": 32099 - n for n in range(100) if size == 32000}
+        gaps = 100 if len(self.model) == 32000 else 0
+        self.sentinels = {f"<extra_id_{n}>": 32099 - n for n in range(gaps)}
         added = self.path.with_name("added_tokens.json")
         if added.exists():
             with names_file(added, "a table of T5's sentinels", "use a model without added tokens"):
-                if others := json.loads(added.read_text()).items() - self.sentinels.items():
+                if others := json.loads(added.read_bytes()).items() - self.sentinels.items():
                     raise ValueError(f"it adds {dict(others)}")
 
     def split(self, text, kind=str):
