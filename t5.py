@@ -1,9 +1,8 @@
 """T5 by hand: the model, generation, Hugging Face files and the tokenizer.
 
 It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (Shazeer, 2020, arXiv 2002.05202)
-and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests compare logits, gradients and tokens
-with `transformers`. A first reader can stop at "files and downloads"; what follows is engineering.
-Dropout is PyTorch's, only faster on a CPU.
+and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests compare it with `transformers`. A first
+reader can stop at "files and downloads". Linear and Dropout are PyTorch's, only faster on a CPU.
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.
@@ -78,7 +77,14 @@ class T5Config:
 
 # --- blocks ---
 
-Linear = functools.partial(nn.Linear, bias=False)
+class Linear(nn.Linear):
+    """x W^T. There is no bias vector, and W has no values before init_weights or loading."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self):
+        pass
 
 class FeedForward(nn.Module):
     """relu(x W_i) W_o in T5 1.0, and (gelu(x W_0) * (x W_1)) W_o in T5 1.1 and FlanT5."""
@@ -466,7 +472,8 @@ def read_weights(name_or_dir):
     """Read a model's weights, one file or shards, as {name: tensor}. No code in them is run."""
     path = model_file(name_or_dir, "model.safetensors", "model.safetensors.index.json",
                       "pytorch_model.bin", "pytorch_model.bin.index.json")
-    safe, shards = "safetensors" in path.name, [path.name]
+    safe = "safetensors" in path.name
+    shards = [path.name]
     if path.suffix == ".json":
         with names_file(path, "a complete index of shards"):
             index = json.loads(path.read_bytes())["weight_map"]
@@ -518,10 +525,9 @@ def write_safetensors(tensors, path):
         for x in tensors.values():
             file.write(x.cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
-def model_file(name_or_dir, *names):
+def model_file(model, *names):
     """Return the path of the first of these files that a model has, downloading it if necessary."""
-    is_dir = Path(name_or_dir).is_dir()
-    folder = Path(name_or_dir) if is_dir else hub_folder(str(name_or_dir), names)
+    folder = Path(model) if os.path.isdir(model) else hub_folder(str(model), names)
     for name in names:
         if (folder / name).exists():
             return folder / name
@@ -530,7 +536,7 @@ def model_file(name_or_dir, *names):
         remedy = "copy the base model's there, such as google/flan-t5-base's"
     elif (folder / "adapter_config.json").exists():
         remedy = "merge this PEFT adapter first: merge_and_unload(), then save_pretrained()"
-    raise UserError(f"{name_or_dir}: no {', no '.join(names)} in {folder}; {remedy}")
+    raise UserError(f"{model}: no {', no '.join(names)} in {folder}; {remedy}")
 
 def hub_folder(model, names):
     """Return a hub model's folder in the Hugging Face cache, with the first of these files it has.
@@ -586,12 +592,11 @@ def download(url, path, sha256=None, size=None, token=""):
                 if file.tell() < total or (size and file.tell() > size):
                     raise OSError(f"{file.tell():,} of {total:,} bytes were received")
             if sha256 and hashlib.sha256(np.memmap(part, mode="r")).hexdigest() != sha256:
-                part.unlink()
-                raise OSError(f"its SHA-256 is not {sha256}")
+                raise ValueError(f"its SHA-256 is not {sha256}")
             return part.replace(path)
         except Exception as error:
             code = getattr(error, "code", None)
-            if code == 416:  # the partial file is not the beginning of this one
+            if code == 416 or isinstance(error, ValueError):  # the part is of another file
                 part.unlink(missing_ok=True)
             if attempt == 3 or code in (401, 403, 404):
                 raise UserError(f"cannot download {url} ({error!r}); try again, with HF_TOKEN for "
@@ -717,11 +722,11 @@ def is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in ("out of memory", "can't allocate memory"))  # MPS, CPU
 
-def in_range(kind, above=None, below=math.inf):
-    """Return an argparse type: a number of at least 0, or above `above`, and below `below`."""
+def in_range(kind, above=-math.inf, below=math.inf):
+    """Return an argparse type: a number of at least 0, above `above` and below `below`."""
     def number(text):  # argparse prints this name: "invalid number value"
         value = kind(text)
-        if 0 <= value < below and (above is None or value > above):
+        if value >= 0 and above < value < below:
             return value
         raise ValueError
     return number
