@@ -2,7 +2,7 @@
 
 It covers T5 1.0 (Raffel et al., 2020, arXiv 1910.10683), T5 1.1 (Shazeer, 2020, arXiv 2002.05202)
 and FlanT5 (Chung et al., 2022, arXiv 2210.11416). The tests compare it with `transformers`. A first
-reader can stop at "files and downloads". Linear and Dropout are PyTorch's, only faster on a CPU.
+reader can stop at "files and downloads". Dropout is PyTorch's, only faster on a CPU.
 
 Shapes: B batch, S source length, T target length, n queries, m keys, D d_model, H heads, K d_kv,
 L decoder layers, V vocabulary.

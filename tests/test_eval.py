@@ -17,7 +17,8 @@ import torch
 import eval as ev
 from conftest import TOY, damage, half, random_text, reference
 from eval import authors_match, exact_match, extract_choice, extract_number
-from t5 import T5, UserError, load_pretrained
+from specialize import TensorBytes
+from t5 import EOS, T5, T5Config, UserError, load_pretrained
 
 SIZES = {"gsm8k": (500, 819), "multiarith": (200, 400), "asdiv": (500, 1805), "svamp": (500, 500)}
 
@@ -262,6 +263,37 @@ def test_accuracy_is_the_share_of_right_answers_in_the_order_of_the_problems(stu
     assert prediction["prompt"] == ev.math_prompt(problems[0].question, False)
     with pytest.raises(UserError, match="no problem"):
         ev.evaluate(*student, [])
+
+class LengthTokenizer:
+    """A tokenizer that turns "7 3" into seven tokens, which depend on the 3."""
+    def encode(self, text):
+        length, seed = map(int, text.split())
+        return [3 + (seed + i) % 97 for i in range(length - 1)] + [EOS]
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+@pytest.mark.parametrize("cap, S, rows, shape", [
+    (1, 1020, 4, dict(num_heads=64, d_kv=4)),  # the encoder's attention bias
+    (2, 50, 700, dict(num_heads=8, d_kv=256, num_layers=4)),  # keys and values
+    (4, 20, 15000, dict(num_heads=2, d_kv=4))])  # logits
+def test_an_evaluation_takes_the_memory_that_there_is_and_no_more(monkeypatch, cap, S, rows, shape):
+    torch.manual_seed(0)
+    model = T5(T5Config(**{"d_model": 16, "d_ff": 16, "num_layers": 1} | shape)).eval()
+    prompts = [f"{S - i % 2} {i}" for i in range(rows)]
+    problems, weights = [ev.Problem(text, 1.0) for text in prompts], model.shared.weight.nbytes
+
+    def outputs():
+        e = ev.evaluate(model, LengthTokenizer(), problems, prompts, 10**6, max_new_tokens=2)
+        return [prediction["output"] for prediction in e.predictions]
+
+    monkeypatch.setattr(ev, "free_memory", lambda device: int(0.85 * (cap * 1e9 - weights)))
+    with TensorBytes() as tensors:
+        found = outputs()
+    assert 0.8 * cap < (tensors.peak + weights) / 1e9 <= cap
+    monkeypatch.setattr(ev, "free_memory", lambda device: 0)  # one row at a time
+    problems, prompts = problems[:3], prompts[:3]
+    assert outputs() == found[:3]
 
 def test_a_paired_difference_has_the_standard_error_that_resampling_gives():
     rng = np.random.default_rng(0)
