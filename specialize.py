@@ -681,8 +681,8 @@ def training_seconds(model, batches, args):
     return seconds(args.device, lambda: add_gradients(model, sample, args)) * work / sampled
 
 def evaluation_seconds(model, tokenizer, tasks, tokens, args):
-    """Estimate the time of evaluating tasks if outputs have so many tokens: 4 and 20 tokens for a
-    few batches, from short to long, stand for all."""
+    """Estimate the time of evaluating tasks if each batch takes so many tokens: 4 and 20 tokens for
+    a few batches, from short to long, stand for all."""
     pairs = [pair for task in tasks for pair in problems_and_prompts(*task)]
     pairs.sort(key=lambda pair: len(pair[1]))
     rows = args.eval_batch_size
@@ -706,14 +706,14 @@ def plan(tokenizer, examples, pool, args):
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
     batches = make_batches(examples, pool, tokenizer, args.micro_batch_size, args.seed, epoch=0)
     if not args.tokens_per_pass:
-        longest = max((example for batch in batches for example in batch),
-                      key=lambda example: len(example.input_ids) + len(example.labels))
-        measure_passes(model, longest, args)
+        measure_passes(model, max((example for batch in batches for example in batch),
+                                  key=lambda ex: len(ex.input_ids) + len(ex.labels)), args)
     per_epoch, steps = count_steps(examples, args)
     training = training_seconds(model, batches, args) * steps / per_epoch
     model.zero_grad()
     solutions = sorted(len(ex.labels) for ex in examples if ex.format == args.formats[0])
-    tokens = min(args.max_new_tokens, solutions[int(0.9 * len(solutions))])
+    longest = solutions[-1 - len(solutions) // args.eval_batch_size]  # on average in a batch
+    tokens = min(args.max_new_tokens, longest)
     checkpoint = evaluation_seconds(model, tokenizer, checkpoint_tasks(args), tokens, args)
     last = 2 * evaluation_seconds(model, tokenizer, table_tasks(args), tokens, args)
     args.table_share = last / checkpoint
@@ -726,7 +726,7 @@ def plan(tokenizer, examples, pool, args):
           f"{kept * (sizes[0] + sizes[2]):.2f} GB of disk.\n"
           f"{steps:,} steps, {evaluations} evaluations. Estimate: training {duration(training)}, "
           f"evaluations {duration(checkpoint * evaluations)}, last table {duration(last)} (if "
-          f"outputs have {tokens} tokens)", flush=True)
+          f"a batch's longest output has {tokens} tokens)", flush=True)
 
 def duration(seconds):
     """Format a time: 40 s, 3.5 min or 12.1 h."""
