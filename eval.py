@@ -369,10 +369,10 @@ def score(problem, task, prompt, output, cot):
     }
 
 def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA, limit=None,
-                  demonstrations=(), verbose=False, **options):
+                  demonstrations=(), report=None, **options):
     """Evaluate a task by name; "bbh" is the mean over all BBH tasks, which have only a test part.
     limit, demonstrations: see problems_and_prompts(). options: see evaluate().
-    verbose: print a line for each task when its evaluation ends."""
+    report: a function called when a task ends, with a line of text and the number of problems."""
     predictions = []
     for name in bbh_tasks(folder) if task == "bbh" else [task]:
         start = time.time()
@@ -381,9 +381,9 @@ def evaluate_task(model, tokenizer, task, cot, split="test", folder=DEFAULT_DATA
         prompts = [prompt for _, prompt in pairs]
         e = evaluate(model, tokenizer, problems, prompts, task=name, cot=cot, **options)
         predictions += e.predictions
-        if verbose:
-            print(f"{display_name(name, folder, cot, len(demonstrations))}: {e} % of "
-                  f"{len(problems):,} problems, {time.time() - start:.0f} s", flush=True)
+        if report:
+            report(f"{display_name(name, folder, cot, len(demonstrations))}: {e} % of "
+                   f"{len(problems):,} problems, {time.time() - start:.0f} s", len(problems))
     return summarize(predictions)
 
 @dataclass
@@ -673,8 +673,8 @@ def main():
         for task, (_, evaluations) in zip(tasks, rows):
             evaluations.append(evaluate_task(
                 model, tokenizer, task, args.cot, args.split, args.data, args.limit,
-                demonstrations, verbose=True, batch_size=args.batch_size,
-                max_new_tokens=args.max_new_tokens, file=file))
+                demonstrations, report=lambda line, _: print(line, flush=True),
+                batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, file=file))
     print(f"\n{compare(sizes, rows)}")
     if args.plot:
         points = {}

@@ -528,6 +528,10 @@ def mixed_precision(args):
     """Context manager: with --precision bf16, run matrix products in bf16; weights stay fp32."""
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
+def model_options(args):
+    """Return the options of from_pretrained() for the model that is trained and evaluated."""
+    return {"device": args.device, "dtype": weights_dtype(args), "dropout_rate": args.dropout}
+
 def weights_dtype(args):
     """Return the dtype of weights and gradients."""
     return torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
@@ -983,9 +987,8 @@ MAY_CHANGE = ("model", "data", "teacher", "gradient_checkpointing", "tokens_per_
               "eval_batch_size", "log_every",
               "threads")
 
-def parse_arguments(arguments=None):
-    """Return the settings of a run: those of --size, or with --resume the run's, and on top what is
-    on the command line. args.run is the run's folder."""
+def make_parser():
+    """Return the parser of the command line. Its help tells the defaults of every size."""
     parser = argparse.ArgumentParser(
         description="Specialize a T5 towards multi-step math with a teacher's solutions.",
         epilog="Without arguments: the toy world in data/toy, on the CPU.",
@@ -1013,11 +1016,11 @@ def parse_arguments(arguments=None):
     add("--loss", "loss for chains of thought", choices=LOSSES)
     add("--epochs", "passes over the examples", type=positive)
     add("--steps", "most optimizer steps", type=positive)
-    add("--optimizer", "of the weights", choices=["adamw", "adafactor"])
+    add("--optimizer", "what updates the weights", choices=["adamw", "adafactor"])
     add("--learning-rate", "peak of the learning rate", type=rate)
-    add("--schedule", "of the learning rate; cosine goes to 0", choices=["cosine", "constant"])
+    add("--schedule", "how the learning rate goes on: to 0 or not", choices=["cosine", "constant"])
     add("--warmup", "steps in which the learning rate rises", type=in_range(int))
-    add("--weight-decay", "of the optimizer", type=in_range(float))
+    add("--weight-decay", "decoupled weight decay", type=in_range(float))
     add("--max-grad-norm", "norm to which gradients are clipped", type=rate)
     add("--dropout", "dropout rate", "the checkpoint's", type=in_range(float, below=1))
     add("--micro-batch-size", "examples of each format", type=positive, nargs=4, metavar="N")
@@ -1042,10 +1045,18 @@ def parse_arguments(arguments=None):
     add("--eval-batch-size", "most problems per batch", type=positive)
     add("--max-new-tokens", "longest output", type=positive)
     add("--log-every", "steps between progress lines", type=positive)
-    add("--seed", "of data order and dropout", "0", type=int)
+    add("--seed", "random seed: data order and dropout", "0", type=int)
     add("--device", "where to run", choices=["cpu", "cuda", "mps"])
     add("--threads", "number of CPU threads", type=positive)
+    return parser
+
+def parse_arguments(arguments=None):
+    """Return the settings of a run: those of --size, or with --resume the run's, and on top what is
+    on the command line. args.run is the run's folder."""
+    parser = make_parser()
     typed = vars(parser.parse_args(arguments))
+    if "resume" in typed and "dry_run" in typed:
+        parser.error("--dry-run is for a new run: leave out --resume")
     run, before = find_run(typed)
     size = typed.get("size") or before.get("size") or "toy"
     settings = dict(size=size, resume=False, dry_run=False, name=None, table_share=0.0,
@@ -1091,13 +1102,11 @@ def table_tasks(args):
     bbh = [("bbh", cot, "test", args.data, args.test_limit, []) for cot in (True, False)]
     return tasks + ([] if args.skip_bbh else bbh)
 
-def evaluate_with(args, model, tokenizer, *task, file=None):
-    """Evaluate a task, given by arguments of problems_and_prompts(), with the run's precision;
-    a PredictionFile keeps the outputs."""
+def evaluate_with(args, model, tokenizer, *task, **options):
+    """Evaluate a task, given by arguments of problems_and_prompts(), with the run's settings."""
     with mixed_precision(args):
-        return evaluate_task(
-            model, tokenizer, *task, verbose=file is not None, file=file,
-            batch_size=args.eval_batch_size, max_new_tokens=args.max_new_tokens)
+        return evaluate_task(model, tokenizer, *task, batch_size=args.eval_batch_size,
+                             max_new_tokens=args.max_new_tokens, **options)
 
 def read_sets(args):
     """Read, and download, all problem sets before training starts. Return {name: hash of content},
@@ -1130,29 +1139,43 @@ def specialize(args, run):
     tokenizer = Tokenizer(args.model)
     examples, summary = build_examples(teacher_records(args, pool), tokenizer, args.formats,
                                        args.loss, limit=args.solutions_per_question)
-    print(f"{summary}. Run: {run}", flush=True)
-    if args.dry_run or not args.resume:
-        plan(tokenizer, examples, pool, args)
-    if args.dry_run:
-        return
+    print(f"{summary}.", flush=True)
     if not args.resume:
+        plan(tokenizer, examples, pool, args)
+        if args.dry_run:
+            return
         atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
-    options = {"device": args.device, "dtype": weights_dtype(args), "dropout_rate": args.dropout}
-    model, _ = load_pretrained(args.model, **options)
+    print(f"The run's folder: {run}", flush=True)
+    model, _ = load_pretrained(args.model, **model_options(args))
     torch.manual_seed(args.seed)  # again, because the plan drew random numbers
     best = train(model, tokenizer, examples, pool, args, run)
-
     model = T5.from_pretrained(run / f"checkpoint-{best['step']}", dtype=weights_dtype(args))
     model.save_pretrained(run / "model")
     tokenizer.save(run / "model")
-    tasks = table_tasks(args)
+    report(best, tokenizer, args, run)
+
+def report(best, tokenizer, args, run):
+    """Evaluate the model before and after; print the table, and write it to results.json. Each line
+    is also written to table.txt."""
+    tasks, results = table_tasks(args), {}
     names = [display_name(task, args.data, cot, len(shots)) for task, cot, *_, shots in tasks]
-    results = {}
+    total = 2 * sum(len(problems_and_prompts(*task)) for task in tasks)
+    start, done = time.time(), 0
+
+    def add_line(line, problems):
+        nonlocal done
+        done += problems
+        left = (time.time() - start) / done * (total - done)
+        print(f"{line}, {duration(left)} left", flush=True)
+        with open(run / "table.txt", "a") as file:
+            file.write(f"{name}, {line}\n")
+
     for name, folder in (("base", args.model), ("specialized", run / "model")):
-        model = T5.from_pretrained(folder, **options)
+        model = T5.from_pretrained(folder, **model_options(args))
         file = PredictionFile(run / "predictions.jsonl", name, weights=weights_hash(model),
                               precision=args.precision, max_new_tokens=args.max_new_tokens)
-        results[name] = [evaluate_with(args, model, tokenizer, *task, file=file) for task in tasks]
+        results[name] = [evaluate_with(args, model, tokenizer, *task, file=file, report=add_line)
+                         for task in tasks]
     rows = [(name, entries) for name, *entries in zip(names, *results.values())]
     print(f"\n{table(list(results), rows)}\n\nSelected: step {best['step']}, the best on the "
           f"out-of-distribution validation sets: {format_metrics(best, args.data)}")
@@ -1174,7 +1197,7 @@ def main():
         with contextlib.nullcontext() if args.dry_run else lock(run):
             specialize(args, run)
     except KeyboardInterrupt:
-        words = [sys.executable, sys.argv[0], "--name", run.name, "--resume"]
+        words = [sys.executable, sys.argv[0], "--name", str(run.relative_to("runs")), "--resume"]
         how = f"Continue with: {shlex.join(words)}"
         if not (run / "arguments.json").exists():
             how = "Nothing was saved yet; start again."

@@ -518,6 +518,7 @@ def test_the_command_prints_progress_selects_a_checkpoint_and_writes_the_run(
     weights = (run / f"checkpoint-{best['step']}" / "model.safetensors").read_bytes()
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     assert load_pretrained(run / "model")
+    assert len((run / "table.txt").read_text().splitlines()) == printed.count(" problems, ")
     # Resumed after its end, it generates nothing again.
     monkeypatch.setattr(T5, "generate", lambda *_, **__: pytest.fail("it generates"))
     (run / "results.json").unlink()
@@ -587,12 +588,25 @@ def test_a_run_in_progress_is_not_started_a_second_time(refused, teacher, tmp_pa
         pass
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
 
-def test_a_log_from_before_a_set_was_added_is_refused(train, tmp_path, monkeypatch):
-    train(tmp_path, flags="--steps 4")
-    mine = ev.Dataset("Mine", "mine.jsonl", None, 500, validate=True, select=True)
-    monkeypatch.setitem(sp.DATASETS, "mine", mine)
-    with pytest.raises(UserError, match="log.jsonl: step 0 has no accuracy on mine"):
-        train(tmp_path, resume=True)
+def test_sigterm_outside_training_says_how_to_continue(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["specialize.py", *BRIEF, "--skip-bbh", "--name", "a/b"])
+    monkeypatch.setattr(sp, "report", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="130"):
+        sp.main()
+    signal.signal(signal.SIGTERM, before)
+    assert "Continue with" in (message := capsys.readouterr().err) and "--name a/b" in message
+
+def test_a_dry_run_prints_memory_and_time_and_writes_nothing(command, teacher, tmp_path, capsys):
+    printed = command(sp, *BRIEF, "--name", "one", "--dry-run")
+    assert re.search(r"cpu, fp32, 956,672 parameters: weights 0.00 GB, .* optimizer 0.01 GB; passes "
+                     r"of at most [\d,]+ tokens; checkpoints take up to 0.03 GB of disk.\n"
+                     r"\d+ steps, \d evaluations. Estimate: training \d+ s, evaluations \d+ s, last "
+                     r"table \d+ s \(if a batch's longest output has 8 tokens\)", printed)
+    assert [file.name for file in tmp_path.iterdir()] == ["teacher.jsonl"]
+    with pytest.raises(SystemExit):
+        sp.parse_arguments(["--dry-run", "--resume"])
 
 @pytest.mark.parametrize("name", ["svamp/SVAMP.json", "bbh/bbh/odd_one_out.json",
                                   "bbh/cot-prompts/odd_one_out.txt"])
