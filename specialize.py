@@ -20,7 +20,6 @@ import fcntl
 import functools
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -34,12 +33,11 @@ import threading
 import time
 import unicodedata
 import weakref
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t5 import EOS, PAD, T5, UNK, Tokenizer, UserError, best_device, free_memory, in_range
-from t5 import is_out_of_memory, load_pretrained, pad_sequences, read_config
+from t5 import is_out_of_memory, load_pretrained, names_file, pad_sequences, read_config
 from t5 import run_command
 from align import BYTES, WORD_BOUNDARY, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, PredictionFile, Problem, bbh_prompt, bbh_tasks
@@ -435,21 +433,19 @@ ROUNDING = 0.001  # reported probabilities may exceed their limits by this much
 
 def read_teacher(path):
     """Yield the Records of a .jsonl or .jsonl.gz file, one solution per line (see data/README.md).
-
     Raises UserError naming file and line."""
     path, number = Path(path), 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            while line := file.readline(MAX_LINE):
-                number += 1
-                yield parse_record(json.loads(line.decode("utf-8")), f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:
-        fault = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}, after line {number}: {fault}; is the file complete?") from None
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        fault = f"no key {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}, line {number}: not a teacher record ({fault}); fix the line or "
-                        "delete it (data/README.md describes the format)") from None
+    remedy = "fix or delete this line (data/README.md describes the format); is the file complete?"
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        while True:
+            source = f"{path}, line {number + 1}"
+            with names_file(source, "a teacher record", remedy):
+                line = file.readline(MAX_LINE)
+                if not line:
+                    break
+                record = parse_record(json.loads(line.decode("utf-8")), source)
+            yield record
+            number += 1
     if not number:
         raise UserError(f"{path}: no teacher record; write some with data/sample_teacher.py")
 
@@ -742,13 +738,7 @@ def duration(seconds):
 
 def find_run(typed):
     """Return the run's folder and, with --resume, its settings. typed: the options given."""
-    name = typed.get("name") or typed.get("size") or "toy"
-    folders = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
-    existing = list(itertools.takewhile(lambda run: (run / "arguments.json").exists(), folders))
-    if "name" in typed or not existing:
-        run = Path("runs") / name
-    else:  # NAME, NAME-2, ..: continue the latest, or start the next
-        run = existing[-1] if "resume" in typed else Path(f"runs/{name}-{len(existing) + 1}")
+    run = Path("runs") / (typed.get("name") or typed.get("size") or "toy")
     path = run / "arguments.json"
     if "resume" not in typed:
         if path.exists() and "dry_run" not in typed:
@@ -756,10 +746,8 @@ def find_run(typed):
         return run, {}
     if not path.exists():
         raise UserError(f"{run}: no run to resume; choose one with --name")
-    try:
+    with names_file(path, "the settings of a run", "start another run with --name"):
         return run, dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not an object ({error}); start with another --name") from None
 
 def recorded(args):
     """Return the settings as arguments.json holds them."""
@@ -931,7 +919,7 @@ def load_checkpoint(run, model, optimizer):
         return 0
     folder = checkpoints(run)[-1]
     remedy = f"delete {folder}, then --resume continues from the checkpoint before it"
-    try:
+    with names_file(folder / "training.pt", "a complete checkpoint", remedy):
         weights = T5.from_pretrained(folder, dtype=model.shared.weight.dtype).hf_tensors()
         state = torch.load(folder / "training.pt", weights_only=True)
         for parameter, saved in zip(model.parameters(), state["optimizer"], strict=True):
@@ -939,11 +927,6 @@ def load_checkpoint(run, model, optimizer):
         random_module(model.shared.weight.device.type).set_rng_state(state["random"])
         for name, tensor in model.hf_tensors().items():
             tensor.copy_(weights[name])
-    except (MemoryError, PermissionError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # torch.load raises many kinds, none of them documented
-        fault = error if isinstance(error, UserError) else f"{folder}/training.pt: {error!r:.200}"
-        raise UserError(f"{fault}; {remedy}") from None
     print(f"resuming from {folder}")
     return state["step"]
 

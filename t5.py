@@ -448,11 +448,14 @@ def hf_name(name):
 
 @contextlib.contextmanager
 def names_file(path, what, remedy="download it again"):
-    """Context manager: turn any error into a UserError that says what the file is not, and why."""
+    """Context manager: turn an error into a UserError that says what the file is not, and why."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError, PermissionError):
+        raise  # not the file's fault
     except Exception as error:  # torch.load raises many kinds, none of them documented
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:1000]}"
+        kind = "no key" if isinstance(error, KeyError) else f"{type(error).__name__}:"
+        reason = f"{kind} {' '.join(str(error).split())[:1000]}"
         if Path(path).is_file() and open(path, "rb").read(23) == b"version https://git-lfs":
             reason, remedy = "a git-lfs pointer", "run `git lfs pull`"
         raise UserError(f"{path}: not {what} ({reason}); {remedy}") from None
