@@ -25,8 +25,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from t5 import T5, UserError, best_device, download, free_memory, in_range, is_out_of_memory
-from t5 import load_pretrained, names_file, pad_sequences, read_config, run_command, show_progress
+from t5 import UserError, best_device, count_parameters, download, free_memory, in_range
+from t5 import is_out_of_memory, load_pretrained, names_file, pad_sequences, run_command
+from t5 import show_progress
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait: that must precede torch
@@ -624,15 +625,14 @@ def parse_arguments():
     return parser.parse_args()
 
 def find_model(name):
-    """Return a model's folder (a run's is its model/) or hub name, and its number of parameters."""
+    """Return a model's folder or hub name; a run's model is in its folder model/."""
     run = Path(name)
     if (run / "arguments.json").exists():
         name = str(run / "model")
         if not (run / "model").exists():
             checkpoints = ", ".join(map(str, sorted(run.glob("checkpoint-*")))) or "not saved yet"
             raise UserError(f"{run}: not finished; its checkpoints are {checkpoints}")
-    with torch.device("meta"):  # shapes without values, for which config.json suffices
-        return name, sum(parameter.numel() for parameter in T5(read_config(name)).parameters())
+    return name
 
 def weights_hash(model):
     """Return a short hash of the first 64 numbers of every parameter."""
@@ -655,7 +655,7 @@ def main():
         raise UserError(f"{logs[0]}: not a model; give --plot either models or log.jsonl files, "
                         "and --show files of predictions")
 
-    sizes = dict(map(find_model, args.models))  # {name: number of parameters}
+    sizes = {name: count_parameters(name) for name in map(find_model, args.models)}
     if args.plot and len(set(sizes.values())) < 2:
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
     tasks = args.tasks or list(DATASETS)

@@ -36,8 +36,8 @@ import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t5 import EOS, PAD, T5, UNK, Tokenizer, UserError, best_device, free_memory, in_range
-from t5 import is_out_of_memory, load_pretrained, names_file, pad_sequences, read_config
+from t5 import EOS, PAD, T5, UNK, Tokenizer, UserError, best_device, count_parameters, free_memory
+from t5 import in_range, is_out_of_memory, load_pretrained, names_file, pad_sequences, read_config
 from t5 import run_command
 from align import BYTES, WORD_BOUNDARY, transfer
 from eval import DATASETS, DEFAULT_DATA, TOY, PredictionFile, Problem, bbh_prompt, bbh_tasks
@@ -602,12 +602,6 @@ def memory_of(device, work):
     with TensorBytes() as tensors:
         _result = work()
     return tensors.peak, tensors.now
-
-@functools.cache
-def count_parameters(name):
-    """Return the number of parameters of a model, of which only config.json is read."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in T5(read_config(name)).parameters())
 
 def state_bytes(args):
     """Return the bytes of the weights, the gradients and the optimizer's state."""

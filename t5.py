@@ -471,6 +471,11 @@ def read_config(name_or_dir):
                 raise ValueError(f"{name} is {stored[name]!r}, not {value!r}")
         return config
 
+def count_parameters(name_or_dir):
+    """Return the number of a model's parameters; of its files only config.json is read."""
+    with torch.device("meta"):  # shapes without values
+        return sum(parameter.numel() for parameter in T5(read_config(name_or_dir)).parameters())
+
 def read_weights(name_or_dir):
     """Read a model's weights, one file or shards, as {name: tensor}. No code in them is run."""
     path = model_file(name_or_dir, "model.safetensors", "model.safetensors.index.json",
