@@ -633,8 +633,9 @@ def measure_passes(model, longest, args):
     Raises UserError if it does not fit."""
 
     def forward(rows, S, T):
-        ids, probs = np.full((max(S, T), 5), UNK), np.full((T, 5), 0.1)
-        example = Example("", None, ids[:S, 0], ids[:T, 0], ids[:T], probs, "")
+        source, labels = np.full(S, UNK), np.full(T, UNK)
+        ids, probs = np.full((T, 5), UNK), np.full((T, 5), 0.1)
+        example = Example("", None, source, labels, ids, probs, "")
         with mixed_precision(args):
             return batch_loss(model, collate([example] * rows, args.device), args.loss)
 
@@ -706,7 +707,8 @@ def plan(tokenizer, examples, pool, args):
     training = training_seconds(model, batches, args) * steps / per_epoch
     model.zero_grad()
     solutions = sorted(len(ex.labels) for ex in examples if ex.format == args.formats[0])
-    longest = solutions[-1 - len(solutions) // args.eval_batch_size]  # on average in a batch
+    rows = args.eval_batch_size
+    longest = solutions[len(solutions) * rows // (rows + 1)]  # on average the longest in a batch
     tokens = min(args.max_new_tokens, longest)
     checkpoint = evaluation_seconds(model, tokenizer, checkpoint_tasks(args), tokens, args)
     last = 2 * evaluation_seconds(model, tokenizer, table_tasks(args), tokens, args)
