@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t5 import UserError, best_device, count_parameters, download, free_memory, in_range
-from t5 import is_out_of_memory, load_pretrained, names_file, pad_sequences, run_command
-from t5 import show_progress
+from t5 import is_out_of_memory, load_pretrained, names_file, packed_weights, pad_sequences
+from t5 import run_command, show_progress
 
 import numpy as np
 import torch  # after t5, which sets how OpenMP's threads wait: that must precede torch
@@ -336,25 +336,26 @@ def evaluate(model, tokenizer, problems, prompts=None, batch_size=32, max_new_to
     # they fit into memory, all do.
     order = sorted(input_ids, key=lambda i: -len(input_ids[i]))
     device = model.shared.weight.device
-    while order:
-        rows = model.generation_rows(len(input_ids[order[0]]), max_new_tokens,
-                                     free_memory(device.type))
-        batch = order[: max(1, min(batch_size, rows))]
-        source = pad_sequences([input_ids[i] for i in batch], device)
-        try:
-            generated = model.generate(source, max_new_tokens=max_new_tokens).tolist()
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or len(batch) == 1:
-                raise
-            batch_size = len(batch) // 2
-            print(f"out of memory: {task} goes on with batches of {batch_size}", flush=True)
-            continue
-        for i, ids in zip(batch, generated):
-            outputs[i] = tokenizer.decode(ids)
-            if file:
-                file.add(score(problems[i], task, prompts[i], outputs[i], cot))
-        order = order[len(batch) :]
-        show_progress(f"{task}: {len(problems) - len(order)} of {len(problems)}")
+    with packed_weights(model.decoder, model.lm_head):
+        while order:
+            rows = model.generation_rows(len(input_ids[order[0]]), max_new_tokens,
+                                         free_memory(device.type))
+            batch = order[: max(1, min(batch_size, rows))]
+            source = pad_sequences([input_ids[i] for i in batch], device)
+            try:
+                generated = model.generate(source, max_new_tokens=max_new_tokens).tolist()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
+                    raise
+                batch_size = len(batch) // 2
+                print(f"out of memory: {task} goes on with batches of {batch_size}", flush=True)
+                continue
+            for i, ids in zip(batch, generated):
+                outputs[i] = tokenizer.decode(ids)
+                if file:
+                    file.add(score(problems[i], task, prompts[i], outputs[i], cot))
+            order = order[len(batch) :]
+            show_progress(f"{task}: {len(problems) - len(order)} of {len(problems)}")
     show_progress("")
     return summarize([score(problem, task, prompts[i], outputs[i], cot)
                       for i, problem in enumerate(problems)])
@@ -646,8 +647,11 @@ def main():
         for path in args.models:
             print(*show_cases(path, args.show, args.tasks, args.split), sep="\n")
         return
-    if args.plot:
-        new_axes()  # if matplotlib is missing, stop here, not after the evaluation
+    if args.plot:  # if it cannot be drawn or saved, stop here, not after the evaluation
+        kinds = new_axes().figure.canvas.get_supported_filetypes()
+        if args.plot.suffix[1:] not in kinds or not args.plot.parent.is_dir():
+            raise UserError(f"{args.plot}: not a name for a plot; choose one in an existing folder "
+                            f"that ends in .{', .'.join(kinds)}")
     logs = [name for name in args.models if name.endswith(".jsonl")]
     if args.plot and logs == args.models:
         return trade_off_plot(args.plot, logs)

@@ -588,7 +588,8 @@ class TensorBytes(TorchDispatchMode):
 
 def storages(tree):
     """Return {address: storage} of the tensors in nested containers."""
-    found = [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    found = [x.untyped_storage() for x in tree_leaves(tree)
+             if isinstance(x, torch.Tensor) and x.layout == torch.strided]  # not packed weights
     return {storage._cdata: storage for storage in found}
 
 def memory_of(device, work):
@@ -1090,6 +1091,7 @@ def evaluate_with(args, model, tokenizer, *task, **options):
 def read_sets(args):
     """Read, and download, all problem sets before training starts. Return {name: hash of content},
     also of the teacher's records, so that a resumed run has the same."""
+    load_demonstrations(args.demonstrations or args.shots, args.data)
     sets = {"math": [load("gsm8k", "train", args.data)]}
     sets["math"] += [load(task, "all", args.data) for task in DATASETS]
     if args.bbh_limit or not args.skip_bbh:

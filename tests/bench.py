@@ -30,7 +30,7 @@ from align import align_batch
 from eval import Problem, evaluate, load, math_prompt, math_target
 from specialize import FORMATS, SIZES, Record, batch_loss, build_examples, kl_loss, make_batches
 from specialize import make_optimizer
-from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, pad_sequences
+from t5 import EOS, PAD, T5, T5Config, Tokenizer, UserError, packed_weights, pad_sequences
 
 for name in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} - user_settings:
     os.environ.pop(name, None)  # processes started from here do not inherit t5's settings
@@ -108,7 +108,7 @@ def bench_train(args):
     row("training step, bf16 autocast / own fp32", *times)
 
 def bench_decode(args):
-    """Time greedy decoding: B 8, S 256, 64 tokens."""
+    """Time greedy decoding: B 8, S 256, 64 tokens. Weights are packed before, as by evaluate()."""
     sources = torch.randint(3, 32000, (8, 256))
     for dtype, name, target in ((torch.float32, "fp32", "1.3x"), (torch.bfloat16, "bf16", "")):
         if dtype == torch.bfloat16:
@@ -117,7 +117,8 @@ def bench_decode(args):
         ours = functools.partial(model.generate, sources, max_new_tokens=64)
         theirs = functools.partial(their_model.generate, sources, attention_mask=sources != PAD,
                                    min_new_tokens=64, max_new_tokens=64, do_sample=False)
-        times = medians(ours, theirs, repeat=args.repeat)
+        with packed_weights(model.decoder, model.lm_head):
+            times = medians(ours, theirs, repeat=args.repeat)
         row(f"decoding, weights in {name} / transformers", *times, target)
 
 def bench_ctranslate2(args):
@@ -129,7 +130,8 @@ def bench_ctranslate2(args):
         ours = functools.partial(model.generate, sources, max_new_tokens=64)
         theirs = functools.partial(process.apply, translate, arguments)
         theirs()  # loads the model
-        times = medians(ours, theirs, repeat=args.repeat)
+        with packed_weights(model.decoder, model.lm_head):
+            times = medians(ours, theirs, repeat=args.repeat)
     row("decoding, weights in fp32 / CTranslate2", *times)
 
 def translate(folder, threads, tokens):
@@ -168,9 +170,10 @@ def bench_ends(args):
     ids = torch.randint(3, 32000, (32, 256))
     ids[torch.arange(256) >= torch.linspace(64, 256, 32)[:, None]] = PAD
     ends = torch.linspace(8, 256, 32).long()[torch.randperm(32)]
-    times = medians(
-        lambda: model.generate(ids, max_new_tokens=256, logits_processor=force_ends(ends)),
-        lambda: until_ends(their_model, ids, ends, 256), repeat=args.repeat)
+    with packed_weights(model.decoder, model.lm_head):
+        times = medians(
+            lambda: model.generate(ids, max_new_tokens=256, logits_processor=force_ends(ends)),
+            lambda: until_ends(their_model, ids, ends, 256), repeat=args.repeat)
     row("256 tokens, B 32, ends spread / transformers", *times, "2x")
 
 def bench_evaluation(args):

@@ -449,6 +449,8 @@ def test_a_scaling_plot_takes_sizes_from_the_configs_and_names_from_the_table(
     with monkeypatch.context() as patch:
         patch.setattr(ev, "load_pretrained", None)  # the sizes are compared before any evaluation
         message = refused(ev, TOY / "raw-1M", TOY / "tuned-1M", "--plot", "a.png")
+        for name in ("a.xyz", "none/a.png"):
+            assert "not a name for a plot" in refused(ev, TOY / "raw-1M", "--plot", name)
         assert "models of at least two sizes" in message
     plots = []
     monkeypatch.setattr(ev, "scaling_plot", lambda path, points: plots.append(points))

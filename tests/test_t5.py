@@ -1,5 +1,6 @@
 """t5.py against transformers and huggingface_hub, and on damaged files and misbehaving servers."""
 
+import contextlib
 import copy
 import hashlib
 import http.server
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 
 import t5
 from conftest import ROOT, TOY, damage, half, random_text
-from t5 import EOS, PAD, T5, UNK, Dropout, T5Config, Tokenizer, UserError
-from t5 import download, pad_sequences
+from t5 import EOS, PAD, T5, UNK, Dropout, Linear, T5Config, Tokenizer, UserError
+from t5 import download, packed_weights, pad_sequences
 
 FAMILIES = {"T5 1.0": ("relu", True), "T5 1.1 and FlanT5": ("gated-gelu", False),
             "T5 1.1 with relu": ("relu", False)}
@@ -319,7 +320,34 @@ def test_a_row_of_padding_gives_no_nan_and_is_decoded_as_forward_would():
     assert logits.isfinite().all()
     assert torch.equal(model.generate(sources, max_new_tokens=1)[:, 0], logits.argmax(-1))
 
-# --- dropout ---
+# --- layers for the CPU ---
+
+def test_packed_weights_multiply_as_pytorch_does_for_weights_of_every_size():
+    torch.manual_seed(0)
+    layer = Linear(48, 300)
+    layer.weight.data = torch.randn(300, 48) * torch.logspace(-7, 4, 300)[:, None]
+    for x in (torch.randn(rows, 1, 48) for rows in (1, 8, 65)):
+        expected = F.linear(x.double(), layer.weight.double())
+        scale = x.double().norm(dim=-1, keepdim=True) * layer.weight.double().norm(dim=-1)
+        with torch.no_grad(), packed_weights(layer):
+            assert ((layer(x) - expected).abs() <= 1e-6 * scale).all()
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):  # not packed
+        with torch.no_grad(), packed_weights(layer.to(dtype)):
+            assert torch.equal(layer(x.to(dtype)), F.linear(x.to(dtype), layer.weight))
+
+def test_packed_layers_have_gradients_and_autocast_and_follow_their_weights_afterwards():
+    torch.manual_seed(0)
+    layer, x = Linear(8, 8), torch.randn(3, 8)
+    with packed_weights(torch.nn.ModuleList([layer])), packed_weights(layer):
+        layer(x).sum().backward()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+    assert torch.allclose(layer.weight.grad, x.sum(0).expand(8, 8), atol=1e-6)
+    with torch.no_grad():
+        with contextlib.suppress(KeyError), packed_weights(layer):
+            raise KeyError
+        layer.weight.zero_()
+        assert not layer(x).any()
 
 def test_dropout_drops_at_its_rate_independently_and_keeps_the_mean():
     torch.manual_seed(0)
