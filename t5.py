@@ -336,9 +336,10 @@ class T5(nn.Module):
         return max(1, (2048 if self.shared.weight.is_cpu else 8192) // S)
 
     def generation_rows(self, S, T, free):
-        """Return how many rows of S source and T output tokens generate() can take in `free` bytes:
-        beside the attention bias and the activations of a chunk, while it encodes, all keys and
-        values of the source must fit, and then those of the outputs and the logits."""
+        """Return how many rows of S source and T output tokens generate() can take in `free` bytes.
+        Two moments need most: in the encoder the attention bias and the activations of one chunk,
+        beside the source's keys and values of all rows; in the last step all keys and values, and
+        two copies of the logits."""
         c, weight, chunk = self.config, self.shared.weight, self.chunk_rows(S)
         own, size = weight.itemsize, attention_dtype(weight).itemsize
         if size != own:  # autocast keeps copies of the weights
