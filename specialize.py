@@ -678,12 +678,13 @@ def training_seconds(model, batches, args):
 
 def evaluation_seconds(model, tokenizer, tasks, tokens, args):
     """Estimate the time of evaluating tasks if each batch takes so many tokens: 4 and 20 tokens for
-    a few batches, from short to long, stand for all."""
+    two batches, a shorter and a longer one, stand for all."""
     pairs = [pair for task in tasks for pair in problems_and_prompts(*task)]
     pairs.sort(key=lambda pair: len(pair[1]))
     rows = args.eval_batch_size
-    every = rows * math.ceil(len(pairs) / rows / 4)
-    sample = [pair for start in range(0, len(pairs), every) for pair in pairs[start : start + rows]]
+    batches = [pairs[i : i + rows] for i in range(0, len(pairs), rows)]
+    two = batches[len(batches) // 4 :: math.ceil(len(batches) / 2)]
+    sample = [pair for batch in two for pair in batch]
     with mixed_precision(args):
         few, many = (seconds(args.device, lambda: evaluate(
             model, tokenizer, *zip(*sample), rows, length)) for length in (4, 20))
