@@ -2,8 +2,8 @@
 
 Data flow in one direction: teacher record -> alignment -> training example -> batch -> loss ->
 checkpoint -> accuracy. The method comes first, in this order. What follows from "reading teacher
-records" on makes runs safe and convenient. The model is in t5.py, the alignment in align.py,
-problems and accuracies in eval.py.
+records" on makes runs safe and convenient; specialize(), near the end, calls everything. The model
+is in t5.py, the alignment in align.py, problems and accuracies in eval.py.
 
     python specialize.py                                        a toy world, minutes on a CPU
     python specialize.py --size base --teacher teacher.jsonl.gz            FlanT5 on one GPU
@@ -106,7 +106,7 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5, limit=None):
     examples, used, count = [], collections.defaultdict(list), collections.Counter()
     for record in records:
         count["read"] += 1
-        if not exact_match(record.problem.solution, record.problem.answer):  # the final answers
+        if not exact_match(record.problem.solution, record.problem.answer):  # the last numbers
             last_wrong = record
             continue
         count["right"] += 1
@@ -123,11 +123,10 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5, limit=None):
             steps = record.steps + ([(added, {})] if added else [])
             # One distribution per token but </s>; one-hot if the teacher has none for it.
             ids, probs = transfer(steps, tokenizer.split(text), vocab, k)  # (T - 1, K)
-            certain = np.eye(1, k, dtype=np.float32)  # [[1, 0, ..]]
-            ids = np.vstack([ids, np.int32(EOS * certain)])
-            probs = np.vstack([probs, certain])
+            ids = np.vstack([ids, np.int32([[EOS] + [PAD] * (k - 1)])])
+            probs = np.vstack([probs, np.eye(1, k, dtype=np.float32)])  # [[1, 0, ..]]
             count["tokens"] += len(labels)
-            count["several"] += int((probs[:, 1] > 0).sum())
+            count["several"] += int((probs[:, 1:] > 0).any(axis=1).sum())
         examples += [Example(name, record.problem, encode_prompt(name, record.problem, [], encode),
                              labels, ids, probs, record.source) for name in cot_formats]
     if not count["right"]:
@@ -200,23 +199,24 @@ def sort_in_windows(items, size, key):
     windows = [items[i : i + size] for i in range(0, len(items), size)]
     return [item for window in windows for item in sorted(window, key=key)]
 
-def split_into_passes(micro_batch, limit, weights):
-    """Split a micro-batch, which is sorted by length, into passes of at most `limit` tokens. A
+def split_into_passes(micro_batch, limit, costs):
+    """Split a micro-batch, which is sorted by length, into passes of at most `limit` pass_size(). A
     micro-batch is a unit of the optimization, a pass one of memory: the examples whose activations
-    exist at the same time. weights: see pass_tokens."""
+    exist at the same time. Without a limit, all of it is one pass."""
     passes = [[]]
     for example in micro_batch:
-        if passes[-1] and pass_tokens([*passes[-1], example], weights) > limit:
+        if limit and passes[-1] and pass_size([*passes[-1], example], costs) > limit:
             passes.append([])
         passes[-1].append(example)
     return passes
 
-def pass_tokens(examples, weights):
-    """Return the size of a pass, padding included, in source tokens. weights: how many of these
-    each of pass_features counts for; 1, 1, 0, 0, 0 counts source tokens and labels alike."""
+def pass_size(examples, costs):
+    """Return the memory that a pass takes, padding included, in units of one source token: rows
+    times costs . (S, T, S^2, T^2, ST). measure_passes() measures costs; before, they are
+    (1, 1, 0, 0, 0), and the size is the number of tokens."""
     S = max(len(example.input_ids) for example in examples)
     T = max(len(example.labels) for example in examples)
-    return len(examples) * float(np.dot(weights, pass_features(S, T)))
+    return len(examples) * float(np.dot(costs, pass_features(S, T)))
 
 def pass_features(S, T):
     """Return what the memory of a pass grows with: tokens, and pairs of tokens in attention."""
@@ -276,7 +276,7 @@ class SparseKL(torch.autograd.Function):
         q = z.softmax(-1, dtype=torch.float32)  # (B, T, V)
         ctx.save_for_backward(q, ids, p, weight)
         ctx.dtype = z.dtype
-        # log q_i = z_i - max z + log max q, because q_i itself can underflow.
+        # log q_i = z_i - logsumexp z, which is max z - log max q; q_i itself can underflow.
         highest = z.amax(-1, keepdim=True).float()  # (B, T, 1)
         log_q = z.gather(-1, ids).float() - highest + q.amax(-1, keepdim=True).log()  # (B, T, K)
         kl = torch.xlogy(p, p) - p * log_q.masked_fill(p == 0, 0.0)  # 0 in unused slots
@@ -290,7 +290,8 @@ class SparseKL(torch.autograd.Function):
         grad = q.mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p)  # m q_v - p_v
         return grad.to(ctx.dtype), None, None, None
 
-# The losses for chains of thought, by the names of --loss: (logits, batch) -> scalar.
+# The losses for chains of thought, by the names of --loss: (logits, batch) -> scalar. With one-hot
+# teacher_probs, which stand for distributions that are missing, a loss should equal nll_loss.
 LOSSES = {
     "kl": lambda logits, batch: kl_loss(
         logits, batch["teacher_ids"], batch["teacher_probs"], batch["loss_mask"]),
@@ -304,15 +305,16 @@ def batch_loss(model, batch, loss):
 
 # --- the loop ---
 
-def add_gradients(model, micro_batches, args, limit=math.inf):
+def add_gradients(model, micro_batches, args):
     """Run the passes of an optimizer step, which add up its gradients; return the losses.
 
     The loss of a step is the mean over its micro-batches, that of a micro-batch the mean over its
-    tokens. A pass counts by its share of the tokens, so the result is the same for any split."""
+    tokens. A pass counts by its share of the tokens, so the result is the same for any split,
+    up to rounding and to the masks of dropout."""
     losses = []
     for micro_batch in micro_batches:
         tokens, total = sum(len(example.labels) for example in micro_batch), 0.0
-        for part in split_into_passes(micro_batch, limit, args.pass_weights):
+        for part in split_into_passes(micro_batch, args.tokens_per_pass, args.pass_costs):
             share = sum(len(example.labels) for example in part) / tokens
             with mixed_precision(args):
                 loss = batch_loss(model, collate(part, args.device), args.loss) * share
@@ -347,11 +349,10 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     model.encoder.gradient_checkpointing = args.gradient_checkpointing
     model.decoder.gradient_checkpointing = args.gradient_checkpointing
     step = start = load_checkpoint(run, model, optimizer) if args.resume else 0
-    limit = args.tokens_per_pass or math.inf
     log = TrainingLog(run / "log.jsonl", start, steps, args)
     with stop_after_step() as stop:
-        while True:
-            # Evaluate the start, or the checkpoint that the last pass saved.
+        while True:  # evaluate, step, save: a resumed run makes up for an evaluation it missed
+            # Evaluate the start, or the checkpoint that was saved last.
             due = step % args.checkpoint_every == 0 or step == steps
             if due and step not in log.evaluations and not stop.is_set():
                 log.add_evaluation({"step": step} | (measure or validate)(model, tokenizer, args))
@@ -374,9 +375,10 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
 
             # Forward and backward passes. If memory runs out, repeat the step in smaller passes.
             try:
-                losses = add_gradients(model, micro_batches, args, limit)
+                losses = add_gradients(model, micro_batches, args)
             except RuntimeError as error:
-                limit = smaller_passes(error, micro_batches, args, limit)
+                args.tokens_per_pass = smaller_passes(error, micro_batches, args)
+                save_arguments(args, run)
                 optimizer.zero_grad()
                 continue
 
@@ -494,16 +496,17 @@ def check_type(value, kinds, name):
         raise TypeError(f"{name} is {value!r:.50}, a {type(value).__name__}")
     return value
 
-def smaller_passes(error, micro_batches, args, limit):
-    """Return a lower limit of tokens per pass after a pass ran out of memory. Raises the error
+def smaller_passes(error, micro_batches, args):
+    """Return a lower limit on the size of passes after a pass ran out of memory. Raises the error
     again if it is another one, or if every pass holds one example already."""
     passes = [part for micro_batch in micro_batches
-              for part in split_into_passes(micro_batch, limit, args.pass_weights)]
-    sizes = [pass_tokens(part, args.pass_weights) for part in passes if len(part) > 1]
+              for part in split_into_passes(micro_batch, args.tokens_per_pass, args.pass_costs)]
+    sizes = [pass_size(part, args.pass_costs) for part in passes if len(part) > 1]
     if not is_out_of_memory(error) or not sizes:
         raise error
     limit = int(max(sizes) / 2)
-    print(f"out of memory: this step again, with passes of at most {limit:,} tokens", flush=True)
+    print(f"out of memory: this step again, with passes as large as {limit:,} source tokens",
+          flush=True)
     return limit
 
 def check_finite(losses, norm, micro_batches, step, run):
@@ -575,9 +578,9 @@ class TensorBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
-        before = storages((args, kwargs))  # a view of one of these takes nothing
+        before = storages((args, kwargs))  # a view of one of these takes no memory
         for key, storage in storages(result).items():
-            if key not in before:
+            if key not in before:  # PyTorch's object of a storage dies with it
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self.free, storage.nbytes())
         self.peak = max(self.peak, self.now)
@@ -613,21 +616,24 @@ def state_bytes(args):
 def does_not_fit(args, reason):
     """Return the UserError for a lack of memory: the figures, and the command that takes less."""
     less, flags, figures = argparse.Namespace(**vars(args)), [], []
-    for flag, key, value in (("--gradient-checkpointing", "gradient_checkpointing", True),
-                             ("--optimizer adafactor", "optimizer", "adafactor"),
-                             ("--precision bf16-weights", "precision", "bf16-weights")):
+    if not args.gradient_checkpointing:
+        flags.append("--gradient-checkpointing")
+    for key, value in (("optimizer", "adafactor"), ("precision", "bf16-weights")):
         if getattr(args, key) != value:
             setattr(less, key, value)
-            flags += flag.split()
-            figures.append(f"{sum(state_bytes(less)) / 1e9:.2f} GB with {' '.join(flags)}")
-    command = shlex.join([sys.executable, *sys.argv, *flags])
-    remedy = f"; {', '.join(figures)}. Try: {command}" if flags else "; choose a smaller model"
+            flags += [f"--{key}", value]
+            figures.append(f"{sum(state_bytes(less)) / 1e9:.2f} GB with --{key} {value}")
+    advice = f"try: {shlex.join([sys.executable, *sys.argv, *flags])}"
+    if (args.run / "arguments.json").exists():  # a run's optimizer and precision are fixed
+        advice = f"start another run with {' '.join(flags)}"
+    figures.append(advice if flags else "choose a smaller model")
     return UserError(f"{reason}: weights, gradients and optimizer of "
                      f"{count_parameters(args.model):,} parameters take "
-                     f"{sum(state_bytes(args)) / 1e9:.2f} GB, the activations come on top{remedy}")
+                     f"{sum(state_bytes(args)) / 1e9:.2f} GB, the activations come on top; "
+                     f"{', '.join(figures)}")
 
 def measure_passes(model, longest, args):
-    """Set args.tokens_per_pass to what the device has memory for, and args.pass_weights.
+    """Set args.tokens_per_pass to what the device has memory for, and args.pass_costs.
 
     What backward needs from forward grows with pass_features: small passes of six shapes give the
     weights. The peak, which is higher, is measured with the longest Example, once and three times.
@@ -653,10 +659,10 @@ def measure_passes(model, longest, args):
     shapes = [(16, 16), (48, 16), (96, 16), (16, 48), (16, 96), (96, 96)]
     held = [memory_of(args.device, lambda: forward(1, *shape))[1] for shape in shapes]
     _, *costs = np.linalg.solve([(1, *pass_features(*shape)) for shape in shapes], held)
-    args.pass_weights = [max(0.0, cost / costs[0]) for cost in costs]
-    per_row = (peak(3) - one) / 2 if 3 * one < free else one
+    args.pass_costs = [max(0.0, cost / costs[0]) for cost in costs]
+    per_row = (peak(3) - one) / 2 if 3 * one < free else one  # one: too much, but safe
     rows = 1 + (free - one) / per_row
-    args.tokens_per_pass = int(rows * pass_tokens([longest], args.pass_weights))
+    args.tokens_per_pass = int(rows * pass_size([longest], args.pass_costs))
 
 def seconds(device, work):
     """Return the time that work() takes on a device."""
@@ -667,12 +673,12 @@ def seconds(device, work):
     return time.perf_counter() - start
 
 def training_seconds(model, batches, args):
-    """Estimate the time of micro-batches: eight passes, from short to long, stand for all."""
+    """Estimate the time of micro-batches: some passes, from short to long, stand for all."""
     passes = [part for examples in batches
-              for part in split_into_passes(examples, args.tokens_per_pass, args.pass_weights)]
-    passes.sort(key=lambda part: pass_tokens(part, args.pass_weights))
+              for part in split_into_passes(examples, args.tokens_per_pass, args.pass_costs)]
+    passes.sort(key=lambda part: pass_size(part, args.pass_costs))
     sample = passes[:: math.ceil(len(passes) / 8)]
-    work, sampled = (sum(pass_tokens(part, (1, 1, 0, 0, 0)) for part in some)
+    work, sampled = (sum(pass_size(part, (1, 1, 0, 0, 0)) for part in some)
                      for some in (passes, sample))
     return seconds(args.device, lambda: add_gradients(model, sample, args)) * work / sampled
 
@@ -694,7 +700,7 @@ def evaluation_seconds(model, tokenizer, tasks, tokens, args):
 def plan(tokenizer, examples, pool, args):
     """Measure this device with a random model of the run's shape; print the memory and time that
     the run takes. Set args.tokens_per_pass, unless it is set, and args.table_share: the time of the
-    last table as a multiple of a checkpoint's evaluation."""
+    last table as a multiple of a checkpoint's evaluation, for the time that is left."""
     config = read_config(args.model)
     config.dropout_rate = config.dropout_rate if args.dropout is None else args.dropout
     with torch.device(args.device):
@@ -708,7 +714,8 @@ def plan(tokenizer, examples, pool, args):
     per_epoch, steps = count_steps(examples, args)
     training = training_seconds(model, batches, args) * steps / per_epoch
     model.zero_grad()
-    solutions = sorted(len(ex.labels) for ex in examples if ex.format == args.formats[0])
+    has_longest = max(examples, key=lambda ex: len(ex.labels)).format
+    solutions = sorted(len(ex.labels) for ex in examples if ex.format == has_longest)
     rows = args.eval_batch_size
     longest = solutions[len(solutions) * rows // (rows + 1)]  # on average the longest in a batch
     tokens = min(args.max_new_tokens, longest)
@@ -720,7 +727,7 @@ def plan(tokenizer, examples, pool, args):
     kept = evaluations - 1 if args.keep_checkpoints else min(evaluations - 1, 3)  # one unfinished
     print(f"{args.device}, {args.precision}, {count_parameters(args.model):,} parameters: "
           "weights {:.2f} GB, gradients {:.2f} GB, optimizer {:.2f} GB; ".format(*sizes) +
-          f"passes of at most {args.tokens_per_pass:,} tokens; checkpoints take up to "
+          f"passes as large as {args.tokens_per_pass:,} source tokens; checkpoints take up to "
           f"{kept * (sizes[0] + sizes[2]):.2f} GB of disk.\n"
           f"{steps:,} steps, {evaluations} evaluations. Estimate: training {duration(training)}, "
           f"evaluations {duration(checkpoint * evaluations)}, last table {duration(last)} (if "
@@ -752,6 +759,10 @@ def recorded(args):
     kept = {key: value for key, value in vars(args).items()
             if key not in ("resume", "name", "run", "dry_run")}
     return json.loads(json.dumps(kept, default=str))
+
+def save_arguments(args, run):
+    """Write a run's settings, from which --resume continues."""
+    atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
 
 @contextlib.contextmanager
 def lock(run):
@@ -817,7 +828,7 @@ class TrainingLog:
         means = {name: torch.stack(self.losses[name]).mean().item()
                  for name in FORMATS if name in self.losses}
         speed = round(self.tokens / self.seconds)
-        every = self.args.checkpoint_every
+        every = self.args.checkpoint_every  # evaluations: those to come, this step's included
         evaluations = math.ceil(self.steps / every) - (step - 1) // every
         left = self.seconds / (step - self.start) * (self.steps - step)
         left += self.evaluation * (evaluations + self.args.table_share)
@@ -862,7 +873,7 @@ def stop_after_step():
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        os.write(2, b"\nfinishing and saving this step; press Ctrl-C again to stop at once\n")
+        os.write(2, b"\nfinishing this step or evaluation; press Ctrl-C again to stop at once\n")
 
     before = {kind: signal.signal(kind, handle) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -905,8 +916,9 @@ def save_checkpoint(run, step, model, optimizer, tokenizer):
 def prune_checkpoints(run, keep):
     """Delete all checkpoints except the steps to keep. Each is renamed first, so that a
     half-deleted one cannot be mistaken for a complete one."""
+    kept = [run / f"checkpoint-{step}" for step in keep]
     for folder in checkpoints(run):
-        if folder not in [run / f"checkpoint-{step}" for step in keep]:
+        if folder not in kept:
             shutil.rmtree(run / "unfinished-checkpoint", ignore_errors=True)
             os.replace(folder, run / "unfinished-checkpoint")
             shutil.rmtree(run / "unfinished-checkpoint")
@@ -960,13 +972,13 @@ DEFAULTS = dict(
     weight_decay=0.01, max_grad_norm=1.0, dropout=None, gradient_checkpointing=False,
     tokens_per_pass=None, keep_checkpoints=False, validation_limit=None, bbh_limit=0,
     test_limit=None, shots=0, demonstrations=None, skip_bbh=False, eval_batch_size=64,
-    max_new_tokens=256, log_every=10,
-    seed=0, device=best_device(), threads=torch.get_num_threads(), precision=None)
+    max_new_tokens=256, log_every=10, seed=0, device=best_device(),
+    threads=torch.get_num_threads(), precision=None)
 # What a resumed run may change: all that is not the mathematics. Files may move, not change.
 MAY_CHANGE = ("model", "data", "teacher", "gradient_checkpointing", "tokens_per_pass", "device",
               "keep_checkpoints", "test_limit", "shots", "demonstrations", "skip_bbh",
-              "eval_batch_size", "log_every",
-              "threads")
+              "eval_batch_size", "log_every", "threads")
+PLAIN_COSTS = 1.0, 1.0, 0.0, 0.0, 0.0  # the size of a pass is its tokens: see pass_size
 
 def make_parser():
     """Return the parser of the command line. Its help tells the defaults of every size."""
@@ -978,10 +990,10 @@ def make_parser():
 
     def add(flag, help, unset="none", **options):
         key = flag.lstrip("-").replace("-", "_")
-        values = [f"{name} {settings[key]}" if name else f"{settings[key]}"
-                  for name, settings in {"": DEFAULTS, **SIZES}.items()
-                  if settings.get(key) not in (None, False, 0)]
-        text = "; ".join(values).replace(f"{TOY.parents[1]}/", "") or unset
+        defaults = [str(DEFAULTS[key] or unset)] if key in DEFAULTS else []
+        defaults += [f"{size} {settings[key]}" for size, settings in SIZES.items()
+                     if key in settings]
+        text = "; ".join(defaults).replace(f"{TOY.parents[1]}/", "") or unset
         parser.add_argument(flag, help=f"{help} (default: {text})".replace("%", "%%"), **options)
 
     add("--size", "the paper's settings for this FlanT5", "toy", choices=SIZES)
@@ -994,7 +1006,7 @@ def make_parser():
     add("--formats", "data formats to mix", nargs="+", choices=FORMATS)
     add("--solutions-per-question", "most solutions of each question to train on", "all",
         type=positive)
-    add("--loss", "loss for chains of thought", choices=LOSSES)
+    add("--loss", "loss for chains of thought (answers alone: likelihood)", choices=LOSSES)
     add("--epochs", "passes over the examples", type=positive)
     add("--steps", "most optimizer steps", type=positive)
     add("--optimizer", "what updates the weights", choices=["adamw", "adafactor"])
@@ -1006,8 +1018,8 @@ def make_parser():
     add("--dropout", "dropout rate", "the checkpoint's", type=in_range(float, below=1))
     add("--micro-batch-size", "examples of each format", type=positive, nargs=4, metavar="N")
     add("--gradient-accumulation-steps", "micro-batches per optimizer step", type=positive)
-    add("--tokens-per-pass", "most tokens in memory at a time, padding included; the result does "
-        "not depend on it", "what fits", type=positive)
+    add("--tokens-per-pass", "most tokens in memory at a time, padding included; only rounding "
+        "and the masks of dropout depend on it", "what fits", type=positive)
     add("--gradient-checkpointing", "less memory for a third more time", "no",
         action=argparse.BooleanOptionalAction)
     add("--precision", "bf16: matrix products; bf16-weights: also weights and gradients",
@@ -1041,8 +1053,12 @@ def parse_arguments(arguments=None):
     run, before = find_run(typed)
     size = typed.get("size") or before.get("size") or "toy"
     settings = dict(size=size, resume=False, dry_run=False, name=None, table_share=0.0,
-                    pass_weights=(1.0, 1.0, 0.0, 0.0, 0.0)) | DEFAULTS | SIZES[size]
+                    pass_costs=PLAIN_COSTS) | DEFAULTS | SIZES[size]
     args = argparse.Namespace(**settings | before | typed, run=run)
+    if "tokens_per_pass" in typed:
+        args.pass_costs = PLAIN_COSTS
+    elif args.device != before.get("device"):
+        args.tokens_per_pass = None  # measure what this device has memory for
     args.data, args.teacher = Path(args.data), args.teacher and Path(args.teacher)
     args.formats = list(dict.fromkeys(args.formats))
     if args.device not in ("cpu", best_device()):
@@ -1060,8 +1076,8 @@ def parse_arguments(arguments=None):
     return args
 
 def make_deterministic(seed):
-    """Make the same seed give the same weights on the same device. On CUDA, only as far as PyTorch
-    offers deterministic kernels; it warns about the rest."""
+    """Make the same seed and passes give the same weights on the same device. On CUDA, only as far
+    as PyTorch offers deterministic kernels; it warns about the rest."""
     torch.manual_seed(seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -1079,7 +1095,7 @@ def table_tasks(args):
     """Return the rows of the last table, each as arguments of problems_and_prompts()."""
     demonstrations = load_demonstrations(args.demonstrations or args.shots, args.data)
     tasks = [(task, True, "test", args.data, args.test_limit, shots)
-             for shots in ([], demonstrations)[: 1 + bool(demonstrations)] for task in DATASETS]
+             for shots in ([[], demonstrations] if demonstrations else [[]]) for task in DATASETS]
     bbh = [("bbh", cot, "test", args.data, args.test_limit, []) for cot in (True, False)]
     return tasks + ([] if args.skip_bbh else bbh)
 
@@ -1092,15 +1108,14 @@ def evaluate_with(args, model, tokenizer, *task, **options):
 def read_sets(args):
     """Read, and download, all problem sets before training starts. Return {name: hash of content},
     also of the teacher's records, so that a resumed run has the same."""
+    contents = {"teacher": args.teacher.read_bytes()} if args.teacher else {}
     load_demonstrations(args.demonstrations or args.shots, args.data)
     sets = {"math": [load("gsm8k", "train", args.data)]}
     sets["math"] += [load(task, "all", args.data) for task in DATASETS]
     if args.bbh_limit or not args.skip_bbh:
         sets["bbh"] = [(load(task, "test", args.data), bbh_prompt(task, "", True, args.data))
                        for task in bbh_tasks(args.data)]
-    contents = {name: repr(problems).encode("utf-8", "replace") for name, problems in sets.items()}
-    if args.teacher:
-        contents["teacher"] = args.teacher.read_bytes() if args.teacher.exists() else b""
+    contents |= {name: repr(problems).encode("utf-8", "replace") for name, problems in sets.items()}
     return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 
 def specialize(args, run):
@@ -1122,11 +1137,12 @@ def specialize(args, run):
     examples, summary = build_examples(teacher_records(args, pool), tokenizer, args.formats,
                                        args.loss, limit=args.solutions_per_question)
     print(f"{summary}.", flush=True)
-    if not args.resume:
+    if not args.resume or not args.tokens_per_pass:
         plan(tokenizer, examples, pool, args)
-        if args.dry_run:
-            return
-        atomic_write(run / "arguments.json", json.dumps(recorded(args), indent=2) + "\n")
+    if args.dry_run:
+        return
+    if not args.resume:
+        save_arguments(args, run)
     print(f"The run's folder: {run}", flush=True)
     model, _ = load_pretrained(args.model, **model_options(args))
     torch.manual_seed(args.seed)  # again, because the plan drew random numbers
@@ -1143,6 +1159,7 @@ def report(best, tokenizer, args, run):
     names = [display_name(task, args.data, cot, len(shots)) for task, cot, *_, shots in tasks]
     total = 2 * sum(len(problems_and_prompts(*task)) for task in tasks)
     start, done = time.time(), 0
+    (run / "table.txt").write_text("")
 
     def add_line(line, problems):
         nonlocal done
@@ -1150,14 +1167,14 @@ def report(best, tokenizer, args, run):
         left = (time.time() - start) / done * (total - done)
         print(f"{line}, {duration(left)} left", flush=True)
         with open(run / "table.txt", "a") as file:
-            file.write(f"{name}, {line}\n")
+            file.write(f"{model_name}, {line}\n")
 
-    for name, folder in (("base", args.model), ("specialized", run / "model")):
+    for model_name, folder in (("base", args.model), ("specialized", run / "model")):
         model = T5.from_pretrained(folder, **model_options(args))
-        file = PredictionFile(run / "predictions.jsonl", name, weights=weights_hash(model),
+        file = PredictionFile(run / "predictions.jsonl", model_name, weights=weights_hash(model),
                               precision=args.precision, max_new_tokens=args.max_new_tokens)
-        results[name] = [evaluate_with(args, model, tokenizer, *task, file=file, report=add_line)
-                         for task in tasks]
+        results[model_name] = [evaluate_with(args, model, tokenizer, *task, file=file,
+                                             report=add_line) for task in tasks]
     rows = [(name, entries) for name, *entries in zip(names, *results.values())]
     print(f"\n{table(list(results), rows)}\n\nSelected: step {best['step']}, the best on the "
           f"out-of-distribution validation sets: {format_metrics(best, args.data)}")
@@ -1179,7 +1196,7 @@ def main():
         with contextlib.nullcontext() if args.dry_run else lock(run):
             specialize(args, run)
     except KeyboardInterrupt:
-        words = [sys.executable, sys.argv[0], "--name", str(run.relative_to("runs")), "--resume"]
+        words = [sys.executable, sys.argv[0], "--name", args.name or args.size, "--resume"]
         how = f"Continue with: {shlex.join(words)}"
         if not (run / "arguments.json").exists():
             how = "Nothing was saved yet; start again."

@@ -37,7 +37,7 @@ def codex(real):
 
 # --- losses ---
 
-@pytest.mark.parametrize("loss", sp.LOSSES)
+@pytest.mark.parametrize("loss", ["kl", "nll"])
 def test_a_loss_and_its_gradient_equal_torchs_on_the_dense_distribution(loss):
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 40, requires_grad=True)
@@ -343,10 +343,9 @@ def test_training_takes_the_memory_that_there_is_and_no_more(
                   key=lambda example: len(example.input_ids) + len(example.labels))
     monkeypatch.setattr(sp, "free_memory", allowed(cap * 1e9, model))
     sp.measure_passes(model, longest, args)
-    heaviest = max(batches, key=lambda batch: sp.pass_tokens(batch, args.pass_weights))
-    assert len(sp.split_into_passes(heaviest, args.tokens_per_pass, args.pass_weights)) > 1
-    peak, _ = sp.memory_of("cpu", lambda: sp.add_gradients(model, [heaviest], args,
-                                                           args.tokens_per_pass))
+    heaviest = max(batches, key=lambda batch: sp.pass_size(batch, args.pass_costs))
+    assert len(sp.split_into_passes(heaviest, args.tokens_per_pass, args.pass_costs)) > 1
+    peak, _ = sp.memory_of("cpu", lambda: sp.add_gradients(model, [heaviest], args))
     assert 0.8 * cap < (sum(sp.state_bytes(args)) + peak) / 1e9 <= cap
 
 def test_the_meter_counts_tensors_that_exist_at_the_same_time():
@@ -360,7 +359,7 @@ def test_the_meter_counts_tensors_that_exist_at_the_same_time():
 
     assert sp.memory_of("cpu", work) == (16000, 8000)
 
-@pytest.mark.parametrize("loss", sp.LOSSES)
+@pytest.mark.parametrize("loss", ["kl", "nll"])
 def test_the_gradient_is_the_same_for_any_split_into_passes(codex, solved, tokenizer, loss):
     examples, pool = solved
     examples = build_examples(codex[:4], tokenizer, list(sp.FORMATS), loss)[0] + examples[:8]
@@ -369,12 +368,12 @@ def test_the_gradient_is_the_same_for_any_split_into_passes(codex, solved, token
     torch.manual_seed(0)
     model = T5(T5Config(**SHAPE | {"dropout_rate": 0.0}))
     results = {}
-    for limit in (math.inf, 4000, 900, 1):
+    for args.tokens_per_pass in (None, 4000, 900, 1):
         model.zero_grad()
-        losses = torch.stack(sp.add_gradients(model, batches, args, limit))
+        losses = torch.stack(sp.add_gradients(model, batches, args))
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        results[limit] = losses, gradient
-    losses, gradient = results[math.inf]
+        results[args.tokens_per_pass] = losses, gradient
+    losses, gradient = results[None]
     for others, other in results.values():
         assert torch.allclose(others, losses, rtol=1e-5)
         assert (other - gradient).norm() < 1e-5 * gradient.norm()
@@ -396,7 +395,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_smaller_passes(
         return norms
 
     assert measured(tmp_path / "one", 2) == pytest.approx(measured(tmp_path / "two", 8), rel=1e-4)
-    assert "out of memory: this step again, with passes of at most" in capsys.readouterr().out
+    assert "out of memory: this step again, with passes as large as" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="can't allocate memory"):  # main() turns it into a line
         measured(tmp_path / "three", 0)
 
@@ -404,7 +403,7 @@ def test_what_does_not_fit_is_refused_with_the_settings_that_do(refused, monkeyp
     monkeypatch.setattr(sp, "free_memory", lambda device: 8_000_000)
     message = refused(sp, "--teacher", "teacher.jsonl")
     assert "cpu has 0.01 GB free: weights, gradients and optimizer of 956,672 parameters take 0.02" \
-        in message and "--optimizer adafactor" in message and f"Try: {sys.executable} " in message
+        in message and "--optimizer adafactor" in message and f"try: {sys.executable} " in message
     monkeypatch.setattr(sp, "free_memory", lambda device: 16_000_000)
     assert "the longest example, of" in refused(sp, "--teacher", "teacher.jsonl")
 
@@ -601,7 +600,7 @@ def test_sigterm_outside_training_says_how_to_continue(teacher, tmp_path, monkey
 def test_a_dry_run_prints_memory_and_time_and_writes_nothing(command, teacher, tmp_path, capsys):
     printed = command(sp, *BRIEF, "--name", "one", "--dry-run")
     assert re.search(r"cpu, fp32, 956,672 parameters: weights 0.00 GB, .* optimizer 0.01 GB; passes "
-                     r"of at most [\d,]+ tokens; checkpoints take up to 0.03 GB of disk.\n"
+                     r"as large as [\d,]+ source tokens; checkpoints take up to 0.03 GB of disk.\n"
                      r"\d+ steps, \d evaluations. Estimate: training \d+ s, evaluations \d+ s, last "
                      r"table \d+ s \(if a batch's longest output has 8 tokens\)", printed)
     assert [file.name for file in tmp_path.iterdir()] == ["teacher.jsonl"]
