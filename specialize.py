@@ -112,7 +112,7 @@ def build_examples(records, tokenizer, formats, loss="kl", k=5, limit=None):
         count["right"] += 1
         if len(used[record.problem.question]) == limit:
             continue
-        used[record.problem.question].append(record)
+        used[record.problem.question].append(replace(record, steps=None))  # steps take gigabytes
         text = target_text(record.problem)
         labels = np.array(tokenizer.encode(text), np.int32)  # (T,)
         count["unknown"] += int((labels == UNK).sum())
@@ -352,7 +352,7 @@ def train(model, tokenizer, examples, pool, args, run, measure=None):
     log = TrainingLog(run / "log.jsonl", start, steps, args)
     with stop_after_step() as stop:
         while True:  # evaluate, step, save: a resumed run makes up for an evaluation it missed
-            # Evaluate the start, or the checkpoint that was saved last.
+            # Evaluate the start, or the checkpoint that the last iteration saved.
             due = step % args.checkpoint_every == 0 or step == steps
             if due and step not in log.evaluations and not stop.is_set():
                 log.add_evaluation({"step": step} | (measure or validate)(model, tokenizer, args))
@@ -563,7 +563,8 @@ def optimizer_step(optimizer):
             p.data, p.grad = weight, None
 
 def stochastic_round(x):
-    """Round fp32 to bf16: keep the upper 16 bits, up with probability (lower 16 bits) / 2**16."""
+    """Round fp32 to bf16: keep the upper 16 bits, or go on to the next number away from 0 with
+    probability (lower 16 bits) / 2**16."""
     bits = x.view(torch.int32)
     bits = (bits + torch.randint_like(bits, 1 << 16)).bitwise_and_(-1 << 16)
     return bits.view(torch.float32).bfloat16()
@@ -656,7 +657,7 @@ def measure_passes(model, longest, args):
     if one > free:
         raise does_not_fit(args, f"the longest example, of {S:,} + {T:,} tokens, needs "
                            f"{one / 1e9:.2f} GB of {max(free, 0) / 1e9:.2f} GB that are free")
-    shapes = [(16, 16), (48, 16), (96, 16), (16, 48), (16, 96), (96, 96)]
+    shapes = [(32, 32), (96, 32), (192, 32), (32, 96), (32, 192), (192, 192)]
     held = [memory_of(args.device, lambda: forward(1, *shape))[1] for shape in shapes]
     _, *costs = np.linalg.solve([(1, *pass_features(*shape)) for shape in shapes], held)
     args.pass_costs = [max(0.0, cost / costs[0]) for cost in costs]
@@ -897,8 +898,9 @@ def save_checkpoint(run, step, model, optimizer, tokenizer):
     folder, unfinished = run / f"checkpoint-{step}", run / "unfinished-checkpoint"
     shutil.rmtree(unfinished, ignore_errors=True)
     parameters = list(model.parameters())
+    device = parameters[0].device.type
     state = {"step": step, "optimizer": [optimizer.state[parameter] for parameter in parameters],
-             "random": random_module(parameters[0].device.type).get_rng_state()}
+             "device": device, "random": random_module(device).get_rng_state()}
     try:
         model.save_pretrained(unfinished)
         tokenizer.save(unfinished)
@@ -924,17 +926,19 @@ def prune_checkpoints(run, keep):
             shutil.rmtree(run / "unfinished-checkpoint")
 
 def load_checkpoint(run, model, optimizer):
-    """Load the last checkpoint into model, optimizer and random state; return its step, or 0."""
+    """Load the last checkpoint into model, optimizer and, on the same kind of device, random state;
+    return its step, or 0."""
     if not checkpoints(run):
         return 0
-    folder = checkpoints(run)[-1]
+    folder, device = checkpoints(run)[-1], model.shared.weight.device.type
     remedy = f"delete {folder}, then --resume continues from the checkpoint before it"
     with names_file(folder / "training.pt", "a complete checkpoint", remedy):
         weights = T5.from_pretrained(folder, dtype=model.shared.weight.dtype).hf_tensors()
-        state = torch.load(folder / "training.pt", weights_only=True)
+        state = torch.load(folder / "training.pt", map_location=device, weights_only=True)
         for parameter, saved in zip(model.parameters(), state["optimizer"], strict=True):
             optimizer.state[parameter] = saved
-        random_module(model.shared.weight.device.type).set_rng_state(state["random"])
+        if state["device"] == device:
+            random_module(device).set_rng_state(state["random"].cpu())
         for name, tensor in model.hf_tensors().items():
             tensor.copy_(weights[name])
     print(f"resuming from {folder}")
