@@ -247,11 +247,10 @@ def problems_and_prompts(task, cot, split="test", folder=DEFAULT_DATA, limit=Non
     if task == "bbh":
         return [pair for name in bbh_tasks(folder)
                 for pair in problems_and_prompts(name, cot, "test", folder, limit)]
-    if task in DATASETS:
-        return [(problem, math_prompt(problem.question, cot, demonstrations))
-                for problem in load(task, split, folder)[:limit]]
-    return [(problem, bbh_prompt(task, problem.question, cot, folder))
-            for problem in load(task, "test", folder)[:limit]]
+    is_math = task in DATASETS
+    problems = load(task, split if is_math else "test", folder)[:limit]
+    return [(problem, math_prompt(problem.question, cot, demonstrations) if is_math
+             else bbh_prompt(task, problem.question, cot, folder)) for problem in problems]
 
 # --- answers ---
 
@@ -603,14 +602,15 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description="Evaluate T5s on math and BIG-Bench Hard.")
     add, positive = parser.add_argument, in_range(int, above=0)
     add("models", nargs="+", metavar="MODEL", help="folders of models or runs, or hub names")
-    add("--tasks", type=lambda text: re.split(r"[, ]+", text), default=[],
+    add("--tasks", type=lambda text: re.findall(r"[^, ]+", text), default=[],
         help=f"{','.join(DATASETS)} (default), bbh, or the names of BBH tasks")
     add("--shots", type=int, default=0, choices=[0, 4],
         help="demonstrations before a math problem, from GSM8K's training set (default: 0)")
     add("--demonstrations", metavar="FILE", help="your own, in GSM8K's format (default: none)")
     add("--answer-only", dest="cot", action="store_false", help="no reasoning (default: with it)")
     add("--data", type=Path, default=DEFAULT_DATA, help="problem sets (default: %(default)s)")
-    add("--split", default="test", choices=["validation", "test", "all"], help="default: test")
+    add("--split", choices=["validation", "test", "all"],
+        help="part of the math sets (default: test, but all with --show)")
     add("--limit", type=positive, help="problems per task (default: all)")
     add("--batch-size", type=positive, default=32, help="problems per batch (default: %(default)s)")
     add("--max-new-tokens", type=positive, default=256, help="longest output (default: 256)")
@@ -645,7 +645,7 @@ def main():
     args = parse_arguments()
     if args.show is not None:
         for path in args.models:
-            print(*show_cases(path, args.show, args.tasks, args.split), sep="\n")
+            print(*show_cases(path, args.show, args.tasks, args.split or "all"), sep="\n")
         return
     if args.plot:  # if it cannot be drawn or saved, stop here, not after the evaluation
         kinds = new_axes().figure.canvas.get_supported_filetypes()
@@ -662,11 +662,11 @@ def main():
     sizes = {name: count_parameters(name) for name in map(find_model, args.models)}
     if args.plot and len(set(sizes.values())) < 2:
         raise UserError("a scaling plot needs models of at least two sizes; add a model")
-    tasks = args.tasks or list(DATASETS)
-    for task in sorted(set(tasks) - {"bbh"}):
-        load(task, "test", args.data)  # find what is missing before evaluating the first model
+    tasks, split = args.tasks or list(DATASETS), args.split or "test"
     shots = args.demonstrations or args.shots
     demonstrations = load_demonstrations(shots, args.data)
+    for task in tasks:  # find what is missing before evaluating the first model
+        problems_and_prompts(task, args.cot, split, args.data)
     rows = [(display_name(task, args.data, args.cot, len(demonstrations)), []) for task in tasks]
     for number, name in enumerate(sizes, 1):
         print(f"{number}  {name}", flush=True)
@@ -676,7 +676,7 @@ def main():
                               cot=args.cot, shots=shots, max_new_tokens=args.max_new_tokens)
         for task, (_, evaluations) in zip(tasks, rows):
             evaluations.append(evaluate_task(
-                model, tokenizer, task, args.cot, args.split, args.data, args.limit,
+                model, tokenizer, task, args.cot, split, args.data, args.limit,
                 demonstrations, report=lambda line, _: print(line, flush=True),
                 batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, file=file))
     print(f"\n{compare(sizes, rows)}")
