@@ -679,7 +679,7 @@ def training_seconds(model, batches, args):
               for part in split_into_passes(examples, args.tokens_per_pass, args.pass_costs)]
     passes.sort(key=lambda part: pass_size(part, args.pass_costs))
     sample = passes[:: math.ceil(len(passes) / 8)]
-    work, sampled = (sum(pass_size(part, (1, 1, 0, 0, 0)) for part in some)
+    work, sampled = (sum(pass_size(part, PLAIN_COSTS) for part in some)
                      for some in (passes, sample))
     return seconds(args.device, lambda: add_gradients(model, sample, args)) * work / sampled
 
@@ -979,8 +979,8 @@ DEFAULTS = dict(
     max_new_tokens=256, log_every=10, seed=0, device=best_device(),
     threads=torch.get_num_threads(), precision=None)
 # What a resumed run may change: all that is not the mathematics. Files may move, not change.
-MAY_CHANGE = ("model", "data", "teacher", "gradient_checkpointing", "tokens_per_pass", "device",
-              "keep_checkpoints", "test_limit", "shots", "demonstrations", "skip_bbh",
+MAY_CHANGE = ("model", "data", "teacher", "gradient_checkpointing", "tokens_per_pass", "pass_costs",
+              "device", "keep_checkpoints", "test_limit", "shots", "demonstrations", "skip_bbh",
               "eval_batch_size", "log_every", "threads")
 PLAIN_COSTS = 1.0, 1.0, 0.0, 0.0, 0.0  # the size of a pass is its tokens: see pass_size
 
@@ -1015,7 +1015,7 @@ def make_parser():
     add("--steps", "most optimizer steps", type=positive)
     add("--optimizer", "what updates the weights", choices=["adamw", "adafactor"])
     add("--learning-rate", "peak of the learning rate", type=rate)
-    add("--schedule", "how the learning rate goes on: to 0 or not", choices=["cosine", "constant"])
+    add("--schedule", "learning rate after the warm-up", choices=["cosine", "constant"])
     add("--warmup", "steps in which the learning rate rises", type=in_range(int))
     add("--weight-decay", "decoupled weight decay", type=in_range(float))
     add("--max-grad-norm", "norm to which gradients are clipped", type=rate)

@@ -556,6 +556,12 @@ def test_a_run_is_not_overwritten_and_resumes_with_its_own_settings(refused, tmp
     args = sp.parse_arguments([*resume, "--loss", "nll", "--test-limit", "2", "--threads", "1"])
     assert (args.size, args.epochs, args.loss, args.test_limit) == ("small", 7, "nll", 2)
     assert args.model == "google/flan-t5-small" and args.data == ev.DEFAULT_DATA
+    before = json.loads((args.run / "arguments.json").read_text())
+    damage(args.run / "arguments.json", json.dumps(before | {"pass_costs": [1, 2, 3, 4, 5],
+                                                             "tokens_per_pass": 7}))
+    assert sp.parse_arguments(resume).pass_costs == [1, 2, 3, 4, 5]
+    args = sp.parse_arguments([*resume, "--tokens-per-pass", "9"])  # plain tokens, not measured
+    assert (args.tokens_per_pass, args.pass_costs) == (9, sp.PLAIN_COSTS)
     assert start().run == sp.parse_arguments(["--resume"]).run == Path("runs/toy")
 
 def test_a_run_is_not_resumed_with_another_teacher_or_other_sets(
