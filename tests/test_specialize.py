@@ -35,6 +35,11 @@ def codex(real):
     """40 real solutions of code-davinci-002 to one question."""
     return list(read_teacher(real / "codex" / "gsm8k_train_0.jsonl"))
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Work in an empty folder: the name of a run in the project's runs/ would be refused."""
+    monkeypatch.chdir(tmp_path)
+
 # --- losses ---
 
 @pytest.mark.parametrize("loss", ["kl", "nll"])
