@@ -1,22 +1,21 @@
-"""align.py against counts of bytes in the tokens of real vocabularies, and on any text."""
+"""align.py against its recursion written cell by cell, and against where the tokens of real
+vocabularies are in the text."""
 
 import base64
 import json
 import math
 import random
 import re
-import sys
 import unicodedata
-from pathlib import Path
+from collections import Counter
 
 import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
 
-import align as al
-from align import WORD_BOUNDARY, align, align_batch, draw, one_to_one, transfer
-from conftest import TOY, random_text
+from align import WORD_BOUNDARY, align, one_to_one, transfer
+from conftest import TOY
 from t5 import Tokenizer
 
 TEACHERS = "p50k_base", "cl100k_base", "o200k_base", "qwen", "mistral"
@@ -24,18 +23,11 @@ QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L
         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 @pytest.fixture(scope="module")
-def tokenizer(real):
-    """Return the student's tokenizer with the real vocabulary; index: {piece: id}."""
-    tokenizer = Tokenizer(real / "tokenizers" / "t5")
-    tokenizer.index = {piece: i for i, piece in enumerate(tokenizer.pieces)}
-    return tokenizer
-
-@pytest.fixture(scope="module")
 def split_teacher(real):
-    """Return a function (name of a teacher's vocabulary, text) -> its tokens, each as bytes."""
+    """split_teacher(name of a teacher's vocabulary, text) returns its tokens, each as bytes."""
     folder = real / "tokenizers" / "teachers"
     mistral = sentencepiece.SentencePieceProcessor(model_file=str(folder / "mistral.model"))
-    lines = map(bytes.split, (folder / "qwen.tiktoken").read_bytes().splitlines())
+    lines = map(bytes.split, open(folder / "qwen.tiktoken", "rb"))
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     qwen = tiktoken.Encoding("qwen", pat_str=QWEN, mergeable_ranks=ranks, special_tokens={})
     encodings = {name: tiktoken.get_encoding(name) for name in TEACHERS[:3]} | {"qwen": qwen}
@@ -48,11 +40,17 @@ def split_teacher(real):
     return split_teacher
 
 @pytest.fixture(scope="module")
-def solutions(real):
-    """Return 150 solutions of GSM8K, their characters as T5 normalizes them."""
-    lines = (real / "datasets" / "gsm8k" / "test.jsonl").read_text().splitlines()[:150]
-    texts = [re.sub("<<.*?>>|#+", "", json.loads(line)["answer"]) for line in lines]
-    return [unicodedata.normalize("NFKC", text) for text in texts]
+def records(real):
+    """The 40 real records of code-davinci-002."""
+    return list(map(json.loads, open(real / "codex" / "gsm8k_train_0.jsonl", encoding="utf-8")))
+
+@pytest.fixture(scope="module")
+def texts(real, records):
+    """Solutions of the real records and of GSM8K, with their characters as T5 normalizes them."""
+    texts = [record["solution"] for record in records]
+    for line in open(real / "datasets" / "gsm8k" / "test.jsonl", encoding="utf-8"):
+        texts.append(re.sub("<<.*?>>|#+", "", json.loads(line)["answer"]))
+    return [unicodedata.normalize("NFKC", text) for text in texts[:150]]
 
 def piece_bytes(pieces):
     """Return the bytes that SentencePiece's pieces write."""
@@ -64,31 +62,59 @@ def visible_spans(tokens):
     ends = np.cumsum([0] + [len(b"".join(token.split())) for token in tokens]).tolist()
     return list(zip(ends, ends[1:]))
 
-def shown(tokens, spell=lambda token: "\ufffd"):
-    """Return tokens (bytes) as servers write them; `spell` writes those that are not characters."""
-    texts = [token.decode("utf-8", "replace") for token in tokens]
-    return [spell(token) if "\ufffd" in text else text for token, text in zip(tokens, texts)]
+# --- the recursion ---
+
+def plain_align(teacher, student):
+    """Align two splits of one text by the recursion, cell by cell; ties prefer the diagonal."""
+    owners = [[i for i, token in enumerate(tokens) for _ in token] for tokens in (teacher, student)]
+    shared, f = Counter(zip(*owners)), {}  # shared: the number of characters in both s_i and t_j
+
+    def before(i, j):
+        return [cell for cell in [(i - 1, j - 1), (i - 1, j), (i, j - 1)] if cell in f]
+
+    for i in range(len(teacher)):
+        for j in range(len(student)):
+            f[i, j] = min(map(f.get, before(i, j)), default=0) - shared[i, j]
+    path = [(len(teacher) - 1, len(student) - 1)]
+    while path[-1] != (0, 0):
+        path.append(min(before(*path[-1]), key=f.get))
+    return [sorted(i for i, column in path if column == j) for j in range(len(student))]
+
+def random_split(rng, text):
+    """Split a text into tokens of random lengths."""
+    ends = sorted({0, len(text), *rng.choices(range(len(text)), k=len(text) // 2)})
+    return [text[a:b] for a, b in zip(ends, ends[1:])]
+
+def test_align_is_the_recursion():
+    rng = random.Random(0)
+    for _ in range(400):
+        text = "".join(rng.choices("12+=a", k=rng.randrange(1, 60)))
+        teacher, student = random_split(rng, text), random_split(rng, text)
+        assert align(teacher, student) == plain_align(teacher, student)
+    assert align([], ["a"]) == [[]] and align(["a"], []) == []
+
+def test_the_examples_in_which_the_edit_distance_fails_come_out_right():
+    assert align(["a", " $", "12"], ["▁a", "▁$12"]) == [[0], [1, 2]]
+    assert align(["2", "+2=4"], ["▁2", "+", "2", "=4"]) == [[0], [1], [1], [1]]
 
 # --- real vocabularies and records ---
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_tokens_are_aligned_where_their_bytes_are_and_partners_if_they_write_the_same_ones(
-        name, split_teacher, tokenizer, solutions):
+def test_tokens_are_aligned_if_they_share_text_and_partners_if_they_write_the_same_text(
+        name, split_teacher, tokenizer, texts):
     partners = found = 0
-    for text in solutions:
+    for text in texts:
         s, student = split_teacher(name, text), tokenizer.split(text)
+        teacher = [token.decode("utf-8", "replace") for token in s]
         s_spans, t_spans = visible_spans(s), visible_spans(piece_bytes(student))
-        assert s_spans[-1][1] == t_spans[-1][1]
         token_at = {span: i for i, span in enumerate(s_spans) if span[0] < span[1]}
-        teacher = shown(s)
-        (aligned,) = align_batch([(teacher, student)])
+        aligned = align(teacher, student)
         for j, partner in enumerate(one_to_one(teacher, student, aligned)):
             start, end = t_spans[j]
-            overlapping = [i for (a, b), i in token_at.items() if a < end and start < b]
-            if start < end and "\ufffd" not in teacher:
-                others = set(aligned[j]) - set(overlapping)  # share only a space
-                assert set(overlapping) <= set(aligned[j])
-                assert all(s[i][-1:].isspace() for i in others)
+            sharing = {i for (a, b), i in token_at.items() if a < end and start < b}
+            if start < end and "\ufffd" not in "".join(teacher):
+                assert sharing <= set(aligned[j])
+                assert all(s[i][-1:].isspace() for i in set(aligned[j]) - sharing)  # as in ".\n"
             expected = token_at.get((start, end))
             if expected is not None and s[expected][:1] == b" " and student[j - 1] == WORD_BOUNDARY:
                 expected = None  # the student writes this token as two
@@ -97,213 +123,88 @@ def test_tokens_are_aligned_where_their_bytes_are_and_partners_if_they_write_the
             found += partner is not None
     assert partners > 5000 and found >= 0.999 * partners
 
-def test_tokens_of_the_real_records_with_one_partner_take_its_distribution(real, tokenizer):
+# --- the teacher's distributions ---
+
+def targets(steps, student, pieces):
+    """Return each student token's target as {piece: probability}; check what holds for all."""
+    ids, probs = transfer(steps, student, {piece: i for i, piece in enumerate(pieces)})
+    assert ids.shape == probs.shape == (len(student), 5) and probs.dtype == np.float32
+    assert (probs.sum(axis=1) <= 1).all() and (probs >= 0).all() and (np.diff(probs) <= 0).all()
+    rows = [{pieces[x]: q for x, q in zip(i, p) if q > 0} for i, p in zip(ids, probs.tolist())]
+    assert all(piece in row for piece, row in zip(student, rows) if piece in pieces)
+    return rows
+
+CLIPS = {" 48": 0.56, " half": 0.17, " 24": 0.1, " 1": 0.03, " (": 0.02}
+TRANSFERS = [  # steps, then {student token: target} in the order of the text
+    # The example in data/README.md: "/" and "2" are many-to-one.
+    ([(" 48", CLIPS), ("/", {"/": 0.9}), ("2", {"2": 0.9})],
+     [("▁48", {"▁48": 0.56, "▁half": 0.17, "▁24": 0.1, "▁1": 0.03, "▁(": 0.02}),
+      ("/2", {"/2": 1})]),
+    # A newline is T5's space: "We" starts a line, and so do the candidates.
+    ([("No", {"No": 1}), (".", {".": 0.8, "!": 0.1, "\n": 0.1}), ("\n", {"\n": 1}),
+      ("We", {"We": 0.6, "I": 0.3, " We": 0.1})],
+     [("▁No", {"▁No": 1}), (".", {".": 0.8, "!": 0.1}), ("▁We", {"▁We": 0.7, "▁I": 0.3})]),
+    ([("a", {"a": 1}), (".\n", {".\n": 0.7, ".": 0.2}), ("We", {"We": 0.6, "I": 0.3})],
+     [("▁a", {"▁a": 1}), (".", {".": 0.9}), ("▁We", {"▁We": 0.6, "▁I": 0.3})]),
+    # A teacher may write spaces as SentencePiece does. Candidates without a piece are dropped.
+    ([("▁cl", {"▁cl": 0.7, "cl": 0.1, "▁in": 0.2}), ("ips", {"ips": 0.6, "▁in": 0.3, "???": 0.1})],
+     [("▁cl", {"▁cl": 0.7, "▁in": 0.2, "cl": 0.1}), ("ips", {"ips": 0.6, "▁in": 0.3})]),
+    # One-hot: no partner, a partner that the student splits from its space, or no probability.
+    ([(" $", {" $": 0.5}), ("12", {"12": 0.9}), ("ab", {"ab": 0.9}), (" 24", {" 24": 0.9}),
+      ("c", {"d": 0.7}), ("d", {})],
+     [(piece, {piece: 1}) for piece in ["▁$12", "a", "b", "▁", "24", "c", "d"]]),
+    # All bytes of a character spell it; some of them are no candidate.
+    ([(r"bytes: \xc2\xa3", {r"bytes: \xc2\xa3": 0.6, r"bytes: \xc2": 0.2, " $": 0.1})],
+     [("▁£", {"▁£": 0.6, "▁$": 0.1})]),
+    # The student's token stays, however improbable.
+    ([(" a", {" a": 0.01, " b": 0.2, " c": 0.19, " d": 0.18, " e": 0.17, " f": 0.16})],
+     [("▁a", {"▁b": 0.2, "▁c": 0.19, "▁d": 0.18, "▁e": 0.17, "▁a": 0.01})])]
+
+# " ÷" in two tokens, each a part of the character, in the spellings of several servers.
+for first, second in [(r"bytes: \xc3", r"bytes:\xb7"), (r" bytes: \\xc3", r"bytes:\\xb7"),
+                      (" \ufffd", "\ufffd"), ("<0xC3>", "<0xB7>")]:
+    TRANSFERS.append((
+        [(" 8", {" 8": 0.9}), (first, {first: 0.9}), (second, {second: 0.9}), (" 2", {" 2": 0.8})],
+        [("▁8", {"▁8": 0.9}), ("▁", {"▁": 1}), ("÷", {"÷": 1}), ("▁2", {"▁2": 0.8})]))
+
+@pytest.mark.parametrize("steps, expected", TRANSFERS)
+def test_targets_worked_out_by_hand(steps, expected):
+    pieces = {piece for _, row in expected for piece in row} | {"▁f"}
+    rows = targets(steps, [piece for piece, _ in expected], sorted(pieces))
+    assert rows == [pytest.approx(row) for _, row in expected]
+
+def test_tokens_of_the_real_records_with_one_partner_take_its_distribution(records, tokenizer):
     partners = equal = 0
-    for line in (real / "codex" / "gsm8k_train_0.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in records:
         tokens = record["tokens"]
         tops = [{c: math.exp(p) for c, p in top.items()} for top in record["top_logprobs"]]
         student = tokenizer.split("".join(tokens))
-        ids, probs = transfer(list(zip(tokens, tops)), student, tokenizer.index)
-        assert_targets(ids, probs, student, tokenizer.index)
+        rows = targets(list(zip(tokens, tops)), student, tokenizer.pieces)
         spans = enumerate(visible_spans(token.encode() for token in tokens))
         expected = {span: tops[i][tokens[i]] for i, span in spans if span[0] < span[1]}
-        for j, span in enumerate(visible_spans(piece_bytes(student))):
+        for piece, row, span in zip(student, rows, visible_spans(piece_bytes(student))):
             if span in expected:
-                own = ids[j].tolist().index(tokenizer.index[student[j]])
-                equal += abs(probs[j, own] - expected[span]) < 2e-3
+                equal += abs(row[piece] - expected[span]) < 2e-3
                 partners += 1
     assert partners > 1600 and equal > 0.99 * partners
 
-def assert_targets(ids, probs, student, index):
-    """Check that rows are sorted, sum to at most 1, and hold the student's own token once."""
-    assert ids.dtype == np.int32 and probs.dtype == np.float32
-    assert ids.shape == probs.shape == (len(student), 5) and ((ids >= 0) & (ids < 32000)).all()
-    assert (probs.sum(axis=1) <= 1).all() and (probs >= 0).all() and (np.diff(probs) <= 0).all()
-    for piece, row, p in zip(student, ids, probs):
-        assert index.get(piece, 2) in row[p > 0] and len(set(row[p > 0])) == (p > 0).sum()
-
-@pytest.mark.parametrize("space", [" ", ""])
-@pytest.mark.parametrize("name, sign, spelling", [
-    ("p50k_base", "÷", r"\x"), ("p50k_base", "÷", r"\\x"),  # the latter is the real records'
-    ("p50k_base", "÷", "\ufffd"), ("mistral", "\U00010330", "<0x")])
-def test_parts_of_a_character_in_any_spelling_leave_the_neighbours_their_partners(
-        name, sign, spelling, space, split_teacher, tokenizer):
-    def spell(token):
-        lead, codes = " " * token.startswith(b" "), token.strip().hex(" ").split()
-        in_bytes = "bytes:" + lead + "".join(spelling + code for code in codes)
-        others = {"\ufffd": lead + "\ufffd", "<0x": f"<0x{codes[0].upper()}>"}
-        return others.get(spelling, in_bytes)
-
-    def numbers(text):
-        teacher, student = shown(split_teacher(name, text), spell), tokenizer.split(text)
-        partners = one_to_one(teacher, student, align(teacher, student))
-        return [teacher[i] for i in partners if i is not None and teacher[i].strip().isdigit()]
-
-    text = f"So 8{space}{sign}{space}2 = 4 and 6{space}{sign}{space}3 = 2 in all"
-    assert numbers(text) == numbers(text.replace(sign, "*")) and len(numbers(text)) > 3
-
-# --- the recursion and its fast twin ---
-
-def test_the_papers_failures_come_out_right():
-    assert align(["s", " $", "12"], ["s", "▁$12"]) == [[0], [1, 2]]
-    assert align(["We", ".", "\n", "We"], ["▁We", ".", "▁We"]) == [[0], [1], [2, 3]]
-    assert align(["1", "1", "11"], ["11", "1", "1"]) == [[0, 1], [2], [2]]
-    assert align(["12", "3"], ["1", "23"]) == [[0], [0, 1]]
-
-def all_paths(i, j):
-    """Yield every monotone path from (0, 0) to (i, j)."""
-    if (i, j) == (0, 0):
-        yield [(0, 0)]
-    for a, b in ((i - 1, j - 1), (i - 1, j), (i, j - 1)):
-        if a >= 0 and b >= 0:
-            yield from ([*path, (i, j)] for path in all_paths(a, b))
-
-def random_split(rng, text):
-    """Split a text into tokens of random lengths."""
-    ends = sorted({0, len(text), *rng.choices(range(len(text) + 1), k=len(text) // 2)})
-    return [text[a:b] for a, b in zip(ends, ends[1:])]
-
-def test_no_path_is_cheaper_and_no_equal_one_shorter():
-    rng = random.Random(0)
-    for _ in range(60):
-        teacher, student = random_split(rng, "1112222"), random_split(rng, "1112222")
-        owners = [[i for i, token in enumerate(x) for _ in token] for x in (teacher, student)]
-        shared = list(zip(*owners))  # the cell of each character
-        found = [(i, j) for j, indices in enumerate(align(teacher, student)) for i in indices]
-        paths = [found, *all_paths(len(teacher) - 1, len(student) - 1)]
-        costs = [(-sum(map(shared.count, path)), len(path)) for path in paths]
-        assert costs[0] == min(costs) == (-7, len(found))
-
-def random_tokens(rng, text):
-    """Split a text at random; write some tokens as parts of characters."""
-    parts = [rf"bytes:\x{rng.randrange(256):02x}", "<0xE2>", "\ufffd"]
-    return [rng.choice([token] * 9 + parts) for token in random_split(rng, text)]
-
-def test_the_closed_form_equals_the_recursion(split_teacher, tokenizer, solutions):
-    rng, texts = random.Random(1), []
-    for name in TEACHERS:
-        texts += [(shown(split_teacher(name, text)), text) for text in solutions[:20]]
-    for _ in range(300):
-        text = random_text(rng)
-        texts.append((shown(split_teacher("p50k_base", text)), text))
-        texts.append((random_tokens(rng, text), text))
-        texts.append((random_tokens(rng, text), random_text(rng)))  # nothing in common
-    pairs = [([], []), ([], ["▁a", "b"]), (["a"], []), (["a"] * 40, ["aa"] * 20)]
-    pairs += [(teacher, tokenizer.split(text)) for teacher, text in texts]
-    assert align_batch(pairs) == [align(*pair) for pair in pairs]
-    assert align_batch(pairs[:3]) == [[], [[], []], []] and align_batch([]) == []
-
-def test_on_any_text_alignments_are_complete_and_in_order_and_targets_are_distributions(
-        tokenizer):
-    rng = random.Random(2)
-    for n in range(1, 600):
-        text = random_text(rng) * (30 if n % 200 == 0 else 1)
-        teacher = random_tokens(rng, text)
-        student = tokenizer.split(random_text(rng) if n % 4 == 1 else text)
-        if not teacher or not student:
-            continue
-        (aligned,) = align_batch([(teacher, student)])
-        assert len(aligned) == len(student) and aligned[0][0] == 0
-        for one, two in zip(aligned, [*aligned[1:], [len(teacher) - 1]]):
-            assert one == list(range(one[0], one[-1] + 1)) and one[-1] <= two[0] <= one[-1] + 1
-        assert aligned[-1][-1] == len(teacher) - 1
-        probs = np.random.default_rng(n).dirichlet([0.3] * 4, len(teacher)).tolist()
-        steps = [(token, dict(zip([rng.choice([token, "b"]), "a", " a", random_text(rng)[:5]], p)))
-                 for token, p in zip(teacher, probs)]
-        assert_targets(*transfer(steps, student, tokenizer.index), student, tokenizer.index)
-        assert len(student) > 200 or draw(teacher, student, colour=False)
-
-# --- the teacher's distributions ---
-
-def test_the_first_and_the_last_token_of_a_line_take_the_distribution():
-    steps = [("No", {"No": 1.0}), (".", {".": 0.8, "!": 0.1, "\n": 0.1}), ("\n", {"\n": 1.0}),
-             ("We", {"We": 0.6, "I": 0.3, " We": 0.1})]
-    vocab = ["<pad>", "</s>", "<unk>", "▁No", ".", "▁We", "▁I", "!", "We"]
-    ids, probs = transfer(steps, ["▁No", ".", "▁We"], vocab, k=3)
-    assert ids.tolist() == [[3, 0, 0], [4, 7, 0], [5, 6, 0]]
-    assert np.allclose(probs, [[1, 0, 0], [0.8, 0.1, 0], [0.7, 0.3, 0]])
-
-@pytest.mark.parametrize("space", [" ", "▁"])
-def test_a_teacher_may_write_spaces_as_sentencepiece_does(space):
-    steps = [(f"{space}cl", {f"{space}cl": 0.7, "cl": 0.1, f"{space}in": 0.2}),
-             ("ips", {"ips": 0.6, f"{space}in": 0.3})]
-    ids, probs = transfer(steps, ["▁cl", "ips"], ["▁cl", "ips", "▁in", "in", "cl"], k=3)
-    assert ids.tolist() == [[0, 2, 4], [1, 2, 0]]
-    assert np.allclose(probs, [[0.7, 0.2, 0.1], [0.6, 0.3, 0]])
-
-def test_tokens_without_a_partner_or_that_it_does_not_report_get_one_hot_targets():
-    steps = [(" $", {" $": 0.5, " 1": 0.5}), ("12", {"12": 0.9}), ("ab", {"ab": 0.9}),
-             ("c", {"d": 0.7}), ("d", {"d": 0.0, "c": 1.0}), ("e", {}), (" a", {" a": 0.5})]
-    vocab = ["▁$12", "a", "b", "c", "d", "e", "▁", "▁1", "12", "ab", "▁a"]
-    ids, probs = transfer(steps, ["▁$12", "a", "b", "c", "d", "e", "▁", "a"], vocab)
-    assert ids[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 1]
-    assert (probs[:, 0] == 1).all() and not probs[:, 1:].any()
-
-def test_k_keeps_the_students_token_and_the_most_probable_others():
-    candidates = {" a": 0.02, " b": 0.5, " c": 0.3, " d": 0.1}
-    ids, probs = transfer([(" a", candidates)], ["▁a"], ["▁a", "▁b", "▁c", "▁d"], k=2)
-    assert ids.tolist() == [[1, 0]] and np.allclose(probs, [[0.5, 0.02]])
-
-def test_sums_over_one_from_rounding_are_scaled_and_impossible_probabilities_refused():
+def test_rows_sum_to_at_most_one_despite_rounding():
     for p in [[0.6, 0.4005], *np.random.default_rng(0).dirichlet([1] * 5, 100).tolist()]:
-        _, probs = transfer([("a", dict(zip("abcde", p)))], ["a"], list("abcde"))
-        assert 0.999 < probs.sum() <= 1
-    for wrong in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="'b' has probability"):
-            transfer([("a", {"a": 0.5, "b": wrong})], ["a"], ["a", "b"])
+        (row,) = targets([("a", dict(zip("abcde", p)))], ["a"], "abcde")
+        assert sum(row.values()) > 0.999
 
-# --- the command ---
+def test_distributions_over_the_students_own_pieces_come_over_unchanged():
+    toy, rng, steps = Tokenizer(TOY), random.Random(0), []
+    student = toy.split("Tom had 6 + 5 = 11 toys.\nIt is $1,080 =  half")
+    for piece in student:
+        candidates = [piece, *rng.sample(toy.pieces[3:], 4)]
+        steps.append((piece, {candidate: rng.random() / 5 for candidate in candidates}))
+    assert targets(steps, student, toy.pieces) == [pytest.approx(top) for _, top in steps]
 
-def test_the_command_draws_both_tokenizations(run, real):
-    student = real / "tokenizers" / "t5"
-    done = run("align.py", "She sold 48/2 = 24.\nWe paid $12.", "--student", student)
-    top, bottom = done.stdout.splitlines()[:2]
-    assert top.index("·24") == bottom.index("▁24") and "/|2" in top and "/2" in bottom
-    drawn = draw([" 24", " $", "12"], ["▁24", "▁$12"], colour=True)
-    assert "\033[32m▁24\033[0m \033[33m▁$12 \033[0m" in drawn  # one-to-one is green
-    record = run("align.py", TOY / "teacher.jsonl.gz", "--student", TOY / "tuned-1M").stdout
-    assert record.count("teacher  ") == record.count("student  ") > 0
-
-def test_the_help_names_every_default(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["command", "--help"])
-    with pytest.raises(SystemExit):
-        al.main()
-    options = capsys.readouterr().out.partition("--help")[2].split("\n  --")[1:]
-    assert len(options) == 2 and all("default" in option for option in options)
-
-def test_columns_stay_straight_with_wide_characters_and_controls_are_escaped():
-    tokens = ["好好", " a", " b", "\x1b\r\u202e\u200b", " c"]
-    lines = draw(tokens, [token.replace(" ", WORD_BOUNDARY) for token in tokens], colour=False)
-    teacher, student, *_ = lines.splitlines()
-    assert teacher == "teacher  好好 ·a ·b \\x1b\\r\\u202e\\u200b ·c "
-    assert student == teacher.replace("teacher", "student").replace("·", WORD_BOUNDARY)
-    top, bottom, *_ = draw(["好好", " $", "12"], ["好", "好", "▁$12"], colour=False).splitlines()
-    assert (top, bottom) == ("teacher  好好  ·$|12 ", "student  好|好 ▁$12  ")
-    wrapped = draw(["好好好好"] * 2, ["好好好好"] * 2, colour=False, width=20).splitlines()
-    assert wrapped == ["teacher  好好好好 ", "student  好好好好 ", ""] * 1 + wrapped[3:]
-    assert len(wrapped) == 5  # the second token needs lines of its own
-
-def test_the_command_says_what_it_lacks_and_how_to_get_it(monkeypatch, real, tmp_path, capsys):
-    def message(*arguments):
-        monkeypatch.setattr(sys, "argv", ["align.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            sys.exit(al.main())
-        return stopped.value.code
-
-    def no_network(name):
-        raise OSError("no network")
-
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    student = "--student", real / "tokenizers" / "t5"
-    assert "`python t5.py google/flan-t5-small hi` downloads one" in message("text")
-    assert "nowhere" in message("text", "--student", "nowhere")
-    assert "no_base" in message("text", "--teacher", "no_base", *student)
-    assert "no visible character" in message(" \n", *student)
-    monkeypatch.chdir(tmp_path)
-    Path("bad.jsonl").write_text('{"question": "no tokens"}\n')
-    assert "bad.jsonl" in message("bad.jsonl", *student)
-    assert message("not UTF-8: \udcff", *student) is None and "not" in capsys.readouterr().out
-    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    without_encoding = message("text", *student)
-    assert "p50k_base" in without_encoding and "spiece.model" not in without_encoding
+def test_the_command_prints_the_target_of_each_student_token(run):
+    done = run("align.py", TOY / "teacher.jsonl.gz", "--student", TOY / "tuned-1M", "--line", 1)
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r" *\S+ +[=~] ", line)]
+    first = "6 + 5 = 11.\nThen 11 + 10 = 21.\nThe answer is 21"
+    assert [row[0] for row in rows] == Tokenizer(TOY).split(first), done.stderr
+    # The second token's log-probabilities are {" +": -0.1508, " -": -1.9661}.
+    assert rows[1][:2] == ["▁+", "="] and rows[1][-4:] == ["▁+", "0.86", "▁-", "0.14"]
