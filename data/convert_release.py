@@ -34,7 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from specialize import parse_record
-from t5 import Tokenizer, UserError, run_command, show_progress
+from t5 import Tokenizer, UserError, run_command
 
 LABELS, UPDATED_LABELS = "codex_prediction_labels.pkl", "codex_updated_labels.pkl"
 RAW = ["codex_questions.pkl", "codex_answers.pkl", "codex_predictions.pkl", LABELS]
@@ -90,16 +90,15 @@ def write_records(solutions, file):
     """Write a line per right solution; return how many, and a message per failure."""
     written, failures = 0, []
     for read, (source, convert) in enumerate(solutions, 1):
-        if read % 500 == 0:
-            show_progress(f"{read:,} solutions read, {written:,} records written")
+        if read % 500 == 0 and sys.stderr.isatty():
+            print(f"{read:,} solutions read, {written:,} written", end="\r", file=sys.stderr)
         try:
             if record := convert():
-                parse_record(record, source)  # raises what it would raise in training
+                parse_record(record)  # raises what it would raise in training
                 file.write(json.dumps(record) + "\n")
                 written += 1
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             failures.append(f"{source}: {type(error).__name__}: {error}")
-    show_progress("")
     return written, failures
 
 # --- the raw form ---
@@ -182,7 +181,6 @@ PLAIN = b"".join(getattr(pickle, name) for name in """
 
 def read_list(path):
     """Yield the items of a pickled list; raise UserError if it is damaged or not plain data."""
-    show_progress(f"reading {path}")
     with open(path, "rb", buffering=2**20) as file:
         try:
             yield from PlainUnpickler(file).items()
