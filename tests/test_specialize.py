@@ -27,7 +27,8 @@ SMALL = TOY / "tuned-0.04M"
 BRIEF = (f"--model {SMALL} --teacher teacher.jsonl --micro-batch-size 2 2 4 4 --steps 4 "
          "--checkpoint-every 4 --validation-limit 1 --bbh-limit 0 --test-limit 1 --skip-bbh "
          "--max-new-tokens 4").split()
-SIZES = dict(zip(FORMATS, (2, 3, 4, 7)))
+SIZES = dict(zip(FORMATS.values(), (2, 3, 4, 7)))
+ALL = dict.fromkeys(FORMATS.values(), 1)
 load_once = functools.cache(ev.load)
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def test_a_loss_and_its_gradient_equal_torchs_on_the_dense_distribution():
 
 def test_a_step_is_the_plain_mean_over_micro_batches_of_means_over_tokens_for_any_split(toy):
     model, tokenizer, examples, pool = toy
-    drawn = sp.make_batches(examples, pool, tokenizer, SIZES, {}, 0, 0)
+    drawn = sp.make_batches(examples, pool, tokenizer, SIZES, ALL, 0, 0)
     batches = list({batch[0].format: batch for batch in drawn}.values())  # one per format
 
     def plain_loss(example):  # without padding, summed over the tokens
@@ -170,7 +171,7 @@ def test_inputs_and_outputs_are_the_papers_and_no_demonstration_is_the_question_
     pool = load_once("gsm8k", "train", datasets)[:5]  # so the question itself is always drawn
     records = [Record(replace(p, solution=ev.math_target(p, cot=True)), None) for p in pool]
     examples, _ = build_examples(records, tokenizer, FORMATS, loss="nll")
-    batches = sp.make_batches(examples, pool, tokenizer, SIZES, {}, 0, 0)
+    batches = sp.make_batches(examples, pool, tokenizer, SIZES, ALL, 0, 0)
 
     def write(template, problem):
         return template.format(q=problem.question, cot=problem.solution, a=problem.written)
@@ -187,7 +188,7 @@ def test_inputs_and_outputs_are_the_papers_and_no_demonstration_is_the_question_
 def test_an_epoch_has_every_example_once_in_micro_batches_of_one_format(toy):
     _, tokenizer, examples, pool = toy
 
-    def draw(seed, epoch, shares={}):
+    def draw(seed, epoch, shares=ALL):
         batches = sp.make_batches(examples, pool, tokenizer, SIZES, shares, seed, epoch)
         return [[(ex.format, ex.labels.tobytes(), ex.input_ids.tobytes()) for ex in batch]
                 for batch in batches]
@@ -198,10 +199,10 @@ def test_an_epoch_has_every_example_once_in_micro_batches_of_one_format(toy):
     assert all(len({name for name, *_ in batch}) == 1 for batch in batches)
     counts = Counter(ex.format for ex in examples)
     assert Counter(batch[0][0] for batch in batches) == {
-        name: math.ceil(counts[name] / size) for name, size in SIZES.items()}
-    shares = dict(zip(FORMATS, (0.5, 0, 1, 0.25)))
+        name: math.ceil(counts[name] / SIZES[kind]) for name, kind in FORMATS.items()}
+    shares = dict(zip(FORMATS.values(), (0.5, 0, 1, 0.25)))
     assert Counter(name for name, *_ in itertools.chain(*draw(0, 0, shares))) == Counter(
-        {name: round(share * counts[name]) for name, share in shares.items()})
+        {name: round(shares[kind] * counts[name]) for name, kind in FORMATS.items()})
     assert draw(0, 0) == batches and draw(0, 1) != batches != draw(1, 0)  # seed, epoch
     before, after = ({ids for name, _, ids in itertools.chain(*draw(0, epoch)) if FORMATS[name][1]}
                      for epoch in (0, 1))
@@ -214,7 +215,7 @@ def test_a_format_a_loss_and_a_problem_set_of_ones_own(toy, command, tmp_path, m
     mine = ev.Dataset("Mine", "mine/mine.json", ev.parse_svamp, 10, select=True)  # not in the toy
     monkeypatch.setitem(ev.DATASETS, "mine", mine)
     fifth = [replace(ex, format="fifth") for ex in examples if ex.teacher_ids is None]
-    assert max(map(len, sp.make_batches(fifth, pool, tokenizer, SIZES, {}, 0, 0))) == 7
+    assert max(map(len, sp.make_batches(fifth, pool, tokenizer, SIZES, ALL, 0, 0))) == 7
     command(sp, *BRIEF, "--name", "one", "--loss", "none", "--formats", "fifth", "zero_shot_cot")
     loss = ev.read_jsonl(tmp_path / "runs/one/log.jsonl")[-2]["loss"]  # of steps 2 to 4
     assert loss.keys() == {"fifth", "zero_shot_cot"} and loss["zero_shot_cot"] == 0 < loss["fifth"]
@@ -250,7 +251,7 @@ def test_optimizers_are_torchs_and_their_small_changes_add_up_in_bf16_weights(na
         return weights
 
     theirs = functools.partial(reference, weight_decay=0.01), reference.step
-    ours = functools.partial(sp.make_optimizer, name=name), sp.optimizer_step
+    ours = functools.partial(sp.OPTIMIZERS[name], weight_decay=0.01), sp.optimizer_step
     expected, fp32 = trained(*theirs, torch.float32), trained(*ours, torch.float32)
     for right, exact, rounded in zip(expected, fp32, trained(*ours, torch.bfloat16)):
         assert torch.equal(exact, right)
