@@ -1,19 +1,16 @@
 """data/toy: the teacher's distributions against a count over its grammar, the files in git against
-the script that makes them, and the arithmetic of findings.py on logs with known answers."""
+the script that makes them, and the arithmetic of findings.py on known answers."""
 
-import gzip
-import json
 import math
 import random
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-import torch
-
-from conftest import ROOT, TOY, reference
+from conftest import ROOT, TOY
 
 sys.path.insert(0, str(TOY))
 
@@ -21,7 +18,7 @@ import findings
 import grammar
 import make
 import stories
-from eval import DATASETS, bbh_tasks, display_name, load
+from eval import DATASETS, load
 from t5 import T5, Tokenizer
 
 
@@ -34,20 +31,14 @@ def paths(story, encoding, state=("open", ()), p=1.0, tokens=()):
         yield from paths(story, encoding, following, p * q, tokens + tuple(encoding.encode(text)))
 
 
-@pytest.fixture(scope="module")
-def teacher():
-    """The grammar over a small problem with one step, as a language model."""
+def test_the_teachers_next_token_distribution_is_the_grammars():
     story = stories.Story("Tom has 5 books. He gets 12.", "How many?", (5, 12), ((5, "+", 12),),
                           (17,), "books")
     rng = random.Random(0)
-    solutions = (grammar.walk(rng, story) for _ in range(50))
-    return grammar.Teacher(story, grammar.train_bpe(solutions, 20))
-
-
-def test_the_teachers_next_token_distribution_is_the_grammars(teacher):
-    solutions = list(paths(teacher.story, teacher.encoding))
+    encoding = grammar.train_bpe((grammar.walk(rng, story) for _ in range(50)), 20)
+    solutions = list(paths(story, encoding))
     assert math.isclose(sum(p for p, _ in solutions), 1)
-    tokens, steps = teacher.sample(random.Random(1), temperature=0.5)
+    tokens, steps = grammar.Teacher(story, encoding).sample(random.Random(1), temperature=0.5)
     for i, step in enumerate(steps):
         following = [(p, path[i]) for p, path in solutions if path[:i] == tokens[:i]]
         total = sum(p for p, _ in following)
@@ -57,39 +48,29 @@ def test_the_teachers_next_token_distribution_is_the_grammars(teacher):
         assert math.isclose(sum(step.values()), 1)
 
 
-def test_a_record_spells_its_solution_and_reports_at_most_five_tokens_per_step():
-    with gzip.open(TOY / "teacher.jsonl.gz", "rt") as lines:
-        records = [json.loads(line) for line in lines]
-    questions = {record["question"] for record in records}
-    assert len(records) == make.SAMPLES * len(questions) == make.SAMPLES * make.TRAIN
-    for record in records[::97]:
-        assert "".join(record["tokens"]) == record["solution"]
-        assert all(1 <= len(step) <= 5 for step in record["top_logprobs"])
-        assert all(sum(map(math.exp, step.values())) < 1.001 for step in record["top_logprobs"])
-
-
 def test_no_problem_of_a_test_part_occurs_in_training():
     training = {problem.question for problem in load("gsm8k", "train", TOY)}
     held_out = [problem.question for task in DATASETS for part in ("validation", "test")
                 for problem in load(task, part, TOY)]
     assert len(held_out) == len(set(held_out)) == 4 * make.TEST and not training & set(held_out)
-    assert all(len(load(task, "test", TOY)) >= 300 for task in DATASETS)
-    assert len(bbh_tasks(TOY)) >= 5
-    kinds = stories.GSM8K + stories.READING + stories.CHAINS, stories.MULTIARITH, stories.ASDIV, stories.SVAMP
-    templates = [set(text for text, _ in kind) for kind in kinds]
+    templates = [{text for text, _ in kind}
+                 for kind in (stories.GSM8K + stories.READING + stories.CHAINS,
+                              stories.MULTIARITH, stories.ASDIV, stories.SVAMP)]
     assert len(set.union(*templates)) == sum(map(len, templates))
 
 
-@pytest.mark.parametrize("draw", [make.plain_text, make.instruction])
-def test_pretraining_leaves_out_the_test_problems(draw):
+@pytest.mark.parametrize("options", [{}, {"chains_in_context": 1.0}])
+def test_pretraining_leaves_out_the_test_problems(options):
     sets, generic = make.make_problems()
     held_out = {example[0] for _, examples in generic.values() for example in examples}
-    held_out |= {s.question for stories in sets.values() for s in stories}
+    held_out |= {s.question for problems in sets.values() for s in problems}
     rng = random.Random(3)
     for _ in range(1000):
-        text = "".join(draw(rng, generic, held_out)).rpartition("Q: ")[2]
-        question = re.split(r" Sum:| Which sum|\nA:|\nLet's", text)[0]
-        assert question and question not in held_out
+        texts = ["".join(make.instruction(rng, generic, held_out, **options))]
+        texts += [] if options else ["".join(make.plain_text(rng, generic, held_out))]
+        for text in texts:
+            question = re.split(r" Sum:| Which sum|\nA:|\nLet's", text.rpartition("Q: ")[2])[0]
+            assert question and question not in held_out
 
 
 def test_the_script_makes_the_problem_sets_in_git(tmp_path, monkeypatch):
@@ -102,84 +83,43 @@ def test_the_script_makes_the_problem_sets_in_git(tmp_path, monkeypatch):
     assert all((tmp_path / name).read_bytes() == (TOY / name).read_bytes() for name in made)
 
 
-def test_the_world_is_small_and_has_four_sizes_of_each_start():
+def test_the_world_is_small_and_has_five_sizes_of_each_start():
     tracked = subprocess.run(["git", "ls-files", "-z", TOY], cwd=ROOT, capture_output=True,
                              text=True)
     if tracked.returncode == 0:
         names = tracked.stdout.split("\0")[:-1]
         assert sum((ROOT / name).stat().st_size for name in names) < 16e6
+    assert len(make.WIDTHS) == 5
     for start in ("raw", "tuned"):
-        sizes = []
         for size in make.WIDTHS:
             model = T5.from_pretrained(TOY / f"{start}-{size}")
-            tokenizer = Tokenizer(TOY / f"{start}-{size}")
-            sizes.append(sum(p.numel() for p in model.parameters()))
-            assert sizes[-1] == pytest.approx(float(size[:-1]) * 1e6, rel=0.12)
-            assert tokenizer.split("Tom has 17 books.") == ["▁Tom", "▁has", "▁17", "▁books", "."]
-        assert sizes[-1] > 16 * sizes[0]
+            parameters = sum(p.numel() for p in model.parameters())
+            assert parameters == pytest.approx(float(size[:-1]) * 1e6, rel=0.12)
+            pieces = Tokenizer(TOY / f"{start}-{size}").split("Tom has 17 books.")
+            assert pieces == ["▁Tom", "▁has", "▁17", "▁books", "."]
 
 
-def test_an_interrupted_pretraining_continues_to_the_same_weights(tmp_path, monkeypatch):
-    tokenizer, weights = Tokenizer(TOY / "spiece.model"), []
-    monkeypatch.setattr(make, "BATCH", 2)
-    for steps in ([48], [24, 48]):  # at once; stopped at step 24, 8 steps after the last state
-        part = tmp_path / f"{len(steps)}.part"
-        for count in steps:
-            torch.manual_seed(0)
-            model = make.new_model(tokenizer, 16)
-            monkeypatch.setattr(make, "SAVE_EVERY", 16)
-            make.train(model, tokenizer, lambda rng: ("2 + 3", f"{rng.randint(1, 9)}"), 48, part,
-                       stop=count)
-        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.equal(*weights)
+def test_the_correlation_of_finding_6_is_free_of_the_problems_noise():
+    rng = np.random.default_rng(0)
+    runs = []
+    for _ in range(50):  # 40 checkpoints; accuracies correlate by 0.6, the noise is twice as large
+        inside = rng.normal(size=40)
+        outside = 3 * (0.6 * inside + 0.8 * rng.normal(size=40))
+        noise = 2 * rng.normal(size=(4, 40)) * [[1], [1], [3], [3]]
+        runs.append(50 + np.array([inside, inside, outside, outside]) + noise)
+    assert findings.correlation(runs) == pytest.approx((0.6, 1, 3), rel=0.2)
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Runs of all experiments. At step s of seed i every accuracy is (s + 10 i) %, but SVAMP's is
-    35 points lower at step 20; in the test every base has (10 + i) %, every specialized 50 %."""
+def test_findings_average_over_sets_and_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "FOLDER", tmp_path)
-    columns = [display_name(task, TOY) for task in DATASETS]
-    columns += [f"{column}, 4 shots" for column in columns]
-    for name in findings.EXPERIMENTS:
-        for seed in findings.SEEDS:
-            run = tmp_path / f"{name}-{seed}"
-            run.mkdir()
-            lines = []
-            for step in (0, 10, 20):
-                value = [(step + 10 * seed) / 100, 0.01]
-                lines.append({"step": step, "validation": dict.fromkeys(DATASETS, value),
-                              "bbh": {"CoT": value, "answer-only": value}})
-            lines[2]["validation"] = lines[2]["validation"] | {
-                "svamp": [(20 + 10 * seed - 35) / 100, 0.01]}
-            lines.insert(1, {"step": 5, "loss": {"zero_shot_cot": 0.5}})
-            (run / "held_out.json").write_text("[[10, 0.5], [20, 0.25]]")
-            (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            test = {"base": dict.fromkeys(columns, [(10 + seed) / 100, 0.01, 300]),
-                    "specialized": dict.fromkeys(columns, [0.5, 0.01, 300])}
-            (run / "results.json").write_text(json.dumps({"selected": lines[-1], "test": test}))
-            for step in (10, 20):
-                (run / f"tested-{step}.json").write_text(json.dumps([step, step / 2]))
-
-
-def test_findings_average_over_seeds_and_select_by_the_stated_set(runs, tmp_path):
+    write = lambda name, seed, text: (tmp_path / f"{name}-{seed}.json").write_text(text)
+    sets = '{"validation": {"multiarith": [%d], "asdiv": [0, 100], "svamp": [100]}}'
+    write("start-tuned-1M", 0, '{"tuned-1M": %s}' % sets % 0)
+    for seed in (0, 2):  # a seed that has not run yet is left out
+        write("main", seed, '{"50": %s}' % sets % (50 * seed))
     near = pytest.approx
-    error = 10 / 3**0.5
-    assert findings.curve("tuned-1M", "gsm8k") == [
-        (step, near(step + 10), near(error)) for step in (0, 10, 20)]
-    assert findings.curve("tuned-1M", "OOD")[2] == (20, near(30 - 35 / 3), near(error))
-    assert findings.tested("raw-long", "base", "OOD") == near([10, 11, 12])
-    reference("matplotlib")
-    sentences = [finding() for finding in findings.FINDINGS]
-    assert "OOD mean goes 10.0 ± 5.8, 20.0 ± 5.8, 18.3 ± 5.8;" in sentences[0]
-    assert re.search(r"rises by -?0.0 ± 0.0 points before", sentences[1])
-    assert "raw start ends at 50.0 ± 0.0 and gains 39.0 ± 0.6" in sentences[2]
-    assert "With likelihood the KL on held-out solutions is 0.25 at step 20" in sentences[3]
-    assert "passes 30% never and ends at 50.0 ± 0.0" in sentences[3]
-    # By GSM8K the last checkpoint is the best, by the out-of-distribution mean the one before.
-    assert "changes the out-of-distribution test mean by -5.0 ± 0.0" in sentences[5]
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {f"finding_{n}.png" for n in range(1, 7)}
+    assert findings.curve("main", "validation", "OOD") == [(0, near(50), 0),
+                                                           (50, near(200 / 3), near(50 / 3))]
 
 
 def test_the_readmes_python_runs():

@@ -79,10 +79,8 @@ class Teacher:
         return ready
 
     def next_tokens(self, prefix):
-        """Return the exact distribution of the next token, {token: probability}; at the end {}.
-
-        p(t | prefix) is the sum of the probabilities of all hypotheses whose next token is t.
-        """
+        """Return the exact distribution of the next token, {token: probability}; at the end {}. It
+        sums the probabilities of all hypotheses that have the same next token."""
         if prefix not in self.after:
             beliefs = Counter()
             for (queue, state), p in self.after[prefix[:-1]].items():
@@ -117,8 +115,6 @@ def train_bpe(texts, merges):
         for word, n in words.items():
             for pair in zip(word, word[1:]):
                 pairs[pair] += n
-        if not pairs:
-            break
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks[best[0] + best[1]] = len(ranks)
         words = {merge(word, best): n for word, n in words.items()}

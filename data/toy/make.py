@@ -1,16 +1,14 @@
-"""The toy world: problem sets, a teacher and T5s of four sizes, all made from one seed.
+"""The toy world: problem sets, a teacher and T5s of five sizes, all made from one seed.
 
     python data/toy/make.py world             problem sets, prompts, teacher's records, vocabulary
-    python data/toy/make.py pretrain 0.04M 1M  raw-SIZE/ and tuned-SIZE/; 1M takes 20 minutes
+    python data/toy/make.py pretrain 0.04M 1M  tuned-SIZE/, and raw-SIZE/ if it is missing
 
-All files are in the publishers' formats, so that the code for the real sets reads them. stories.py
-defines the problems, grammar.py the teacher. Here they become files, and the models are pretrained:
-on plain text (raw), as T5 was, and from there briefly on a mixture of instructions (tuned), as
-FlanT5 was. An interrupted pretraining continues when it is started again.
+The files are in the publishers' formats. stories.py defines the problems, grammar.py the teacher.
+The models are pretrained on plain text (raw), as T5 was, and from there briefly on a mixture of
+instructions (tuned), as FlanT5 was: at last with chains of thought after demonstrations, too.
 """
 
 import argparse
-import copy
 import functools
 import gzip
 import json
@@ -20,9 +18,7 @@ import random
 import re
 import sys
 import tempfile
-import time
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import sentencepiece
 
@@ -34,23 +30,21 @@ from stories import ALL_GAIN, ALL_LOSE, ASDIV, CHAINS, GAIN, GAIN_OOD, GSM8K, LI
 from stories import MULTIARITH, OPERATIONS, READING, SVAMP, TASKS, story
 from t5 import PAD, T5, T5Config, Tokenizer, pad_sequences
 
-import torch  # after t5, which sets how OpenMP's threads wait
+import torch
 import torch.nn.functional as F
 
 SEED = 0
 TRAIN, TEST, PER_TASK = 1000, 600, 100  # problems: gsm8k/train.jsonl, each test file, generic task
 SAMPLES, TEMPERATURE = 40, 0.5  # the teacher's solutions per question
 MERGES, VOCABULARY = 130, 512  # the teacher's BPE merges, the students' pieces
-WIDTHS = {"0.04M": 24, "0.1M": 40, "0.25M": 64, "1M": 128}  # d_model, by the number of parameters
-RAW_STEPS, TUNE_STEPS, BATCH, WINDOW, LEARNING_RATE = 5500, 1200, 48, 16, 1e-3
-SAVE_EVERY = 16 * WINDOW
+WIDTHS = {"0.04M": 24, "0.1M": 40, "0.25M": 64, "0.5M": 88, "1M": 128}  # {parameters: d_model}
+RAW_STEPS, TUNE_STEPS, IN_CONTEXT_STEPS = 5500, 1200, 150
+BATCH, WINDOW, LEARNING_RATE = 48, 16, 1e-3
 
 CANARY = "The toy world's test problems: keep them out of training."
 
-# --- files ---
-
 def demonstration(example, cot):
-    """Return a generic example as it appears in a prompt, with its reasoning or answer-only."""
+    """Return a generic example as it appears in a prompt."""
     question, reasoning, target = example
     answer = f"Let's think step by step.\n{reasoning} So the answer is {target}." if cot else target
     return f"Q: {question}\nA: {answer}"
@@ -73,14 +67,11 @@ def distinct(draw, count, key, taken):
 def make_problems():
     """Return {set: stories} and {task: (three demonstrations, test examples)}, all different."""
     rng, taken, math_sets, generic = random.Random(SEED), set(), {}, {}
-    for name, templates, gain, lose, count in (
-        ("train", GSM8K, GAIN, LOSE, TRAIN),
-        ("gsm8k", GSM8K, GAIN, LOSE, TEST),
-        ("multiarith", MULTIARITH, GAIN_OOD, LOSE_OOD, TEST),
-        ("asdiv", ASDIV, GAIN_OOD, LOSE_OOD, TEST),
-        ("svamp", SVAMP, GAIN_OOD, LOSE_OOD, TEST),
-    ):
-        draw = functools.partial(story, rng, templates, gain, lose)
+    for name, templates in (("train", GSM8K), ("gsm8k", GSM8K), ("multiarith", MULTIARITH),
+                            ("asdiv", ASDIV), ("svamp", SVAMP)):
+        verbs = (GAIN, LOSE) if templates is GSM8K else (GAIN_OOD, LOSE_OOD)
+        draw = functools.partial(story, rng, templates, *verbs)
+        count = TRAIN if name == "train" else TEST
         math_sets[name] = distinct(draw, count, lambda s: s.question, taken)
     for task, (make, _) in TASKS.items():
         draw = functools.partial(make, rng)
@@ -88,22 +79,12 @@ def make_problems():
         generic[task] = examples[:3], examples[3:]
     return math_sets, generic
 
-def write(name, text):
-    """Write a text file of the world."""
+def write(name, content):
+    """Write a file of the world: a text as it is, anything else as JSON."""
     path = HERE / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-def write_json(name, value):
-    """Write a JSON file of the world."""
-    write(name, json.dumps(value, indent=1) + "\n")
-
-def formula(story):
-    """Return the computation as one expression, by substituting the results."""
-    terms = {}
-    for letter, (x, op, y) in zip("pqr", story.equations):
-        terms[letter] = f"({terms.get(x, x)}{op}{terms.get(y, y)})"
-    return terms[letter]
+    content = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+    path.write_text(content, encoding="utf-8")
 
 def gold(story):
     """Return the reference solution of a problem, with GSM8K's calculator marks."""
@@ -115,37 +96,28 @@ def gold(story):
     return "\n".join([*lines, f"#### {result}"])
 
 def write_math(sets):
-    """Write the four math sets in their publishers' formats."""
+    """Write the four math sets in their publishers' formats, as far as they are read."""
     for name, stories in (("train", sets["train"]), ("test", sets["gsm8k"])):
         rows = [json.dumps({"question": s.question, "answer": gold(s)}) + "\n" for s in stories]
         write(f"gsm8k/{name}.jsonl", "".join(rows))
-    write_json("multiarith/MultiArith.json", [
-        {"iIndex": i, "lEquations": [f"X={formula(s)}"], "lSolutions": [float(s.results[-1])],
-         "sQuestion": s.question}
-        for i, s in enumerate(sets["multiarith"])
+    write("multiarith/MultiArith.json", [
+        {"sQuestion": s.question, "lSolutions": [float(s.results[-1])]} for s in sets["multiarith"]
     ])
-    write_json("svamp/SVAMP.json", [
-        {"ID": f"chal-{i}", "Body": s.body, "Question": s.ask, "Equation": formula(s),
-         "Answer": float(s.results[-1]),
-         "Type": "Addition" if s.equations[-1][1] == "+" else "Subtraction"}
-        for i, s in enumerate(sets["svamp"], 1)
+    write("svamp/SVAMP.json", [
+        {"Body": s.body, "Question": s.ask, "Answer": float(s.results[-1])} for s in sets["svamp"]
     ])
     problems = [
-        f'\t<Problem ID="toy-{i:04}" Grade="{len(s.equations)}" Source="data/toy/make.py">\n'
-        f"\t\t<Body>{escape(s.body)}</Body>\n\t\t<Question>{escape(s.ask)}</Question>\n"
-        f"\t\t<Answer>{s.results[-1]} ({s.item})</Answer>\n"
-        f"\t\t<Formula>{formula(s)[1:-1]}={s.results[-1]}</Formula>\n\t</Problem>\n"
-        for i, s in enumerate(sets["asdiv"], 1)
+        f"\t<Problem>\n\t\t<Body>{s.body}</Body>\n\t\t<Question>{s.ask}</Question>\n"
+        f"\t\t<Answer>{s.results[-1]} ({s.item})</Answer>\n\t</Problem>\n"
+        for s in sets["asdiv"]
     ]
-    head = '<?xml version="1.0" encoding="UTF-8" ?>\n<Machine-Reading-Corpus-File>\n<ProblemSet>\n'
-    tail = "</ProblemSet>\n</Machine-Reading-Corpus-File>\n"
-    write("asdiv/ASDiv.xml", head + "".join(problems) + tail)
+    write("asdiv/ASDiv.xml", f"<ProblemSet>\n{''.join(problems)}</ProblemSet>\n")
 
 def write_generic(generic):
     """Write the generic tasks as BBH's JSON, and their prompts."""
     for task, (demonstrations, examples) in generic.items():
         rows = [{"input": question, "target": target} for question, _, target in examples]
-        write_json(f"bbh/bbh/{task}.json", {"canary": CANARY, "examples": rows})
+        write(f"bbh/bbh/{task}.json", {"canary": CANARY, "examples": rows})
         prompt = generic_prompt(task, demonstrations, cot=True)
         write(f"bbh/cot-prompts/{task}.txt", f"{CANARY}\n-----\n{prompt}")
 
@@ -187,7 +159,7 @@ def train_vocabulary(texts, path):
         )
         os.chdir(before)
 
-# --- what the models are pretrained on ---
+# --- pretraining ---
 
 def new_story(rng, templates, held_out):
     """Draw a story with all verbs that is not held out."""
@@ -200,6 +172,11 @@ def sums(rng, held_out):
     s = new_story(rng, rng.choice([READING, CHAINS, GSM8K]), held_out)
     terms = [["it" if x in ("p", "q") else str(x) for x in equation] for equation in s.equations]
     return s.question, ", ".join(map(" ".join, terms))
+
+def chain(story, wordy):
+    """Return a chain of thought: the equations, or the reference solution."""
+    lines = re.sub("<<.*?>>", "", gold(story)).replace("#### ", "The answer is ")
+    return lines if wordy else re.sub(r"(First|Then) |(?<=\d) [a-z]+(?=\.)", "", lines)
 
 def arithmetic(rng, count):
     """Draw facts as solutions state them, `12 - 5 = 7.`; half of them continue the last result."""
@@ -247,31 +224,36 @@ def plain_text(rng, generic, held_out):
     cut = rng.randint(1, len(words) * 2 // 3)
     return " ".join(words[:cut]), " ".join(words[cut:])
 
-def instruction(rng, generic, held_out):
+def instruction(rng, generic, held_out, chains_in_context=0.0):
     """Draw (input, output) of the instruction mixture: sums, short chains of thought, and generic
-    tasks with and without demonstrations."""
-    (kind,) = rng.choices(["sums", "chain", "generic", "prompted"], [0.25, 0.25, 0.25, 0.25])
+    tasks with and without demonstrations.
+    chains_in_context: the share of chains of thought that follow demonstrations."""
+    kinds = {"sums": 1, "chain": 1 - chains_in_context, "generic": 1, "generic in context": 1,
+             "chain in context": chains_in_context}
+    (kind,) = rng.choices(list(kinds), kinds.values())
     if kind == "sums":
         question, answer = sums(rng, held_out)
         return f"Q: {question} Which sum is it?\nA:", answer
-    if kind == "chain":
-        s = new_story(rng, rng.choice([READING, CHAINS]), held_out)
-        known, answer = dict(zip("pqr", s.results)), ""
-        for (x, op, y), result in zip(s.equations, s.results):
-            answer += f"{known.get(x, x)} {op} {known.get(y, y)} = {result}. "
-        return f"Q: {s.question}\nLet's think step by step", f"{answer}The answer is {result}"
+    if kind.startswith("chain"):
+        templates, count, wordy = [READING, CHAINS], 1, False
+        if kind == "chain in context":  # with a quarter of toy-GSM8K's kinds of problems
+            templates, count = [READING, CHAINS, GSM8K[::4]], rng.randint(3, 5)
+            wordy = rng.random() < 0.5
+        stories = [new_story(rng, rng.choice(templates), held_out) for _ in range(count)]
+        *shown, question = [f"Q: {s.question}\nLet's think step by step" for s in stories]
+        *solved, answer = [chain(s, wordy) for s in stories]
+        shown = "".join(f"{ask}\n{solution}\n\n" for ask, solution in zip(shown, solved))
+        return shown + question, answer
     task, cot = rng.choice(list(TASKS)), rng.random() < 0.5
     shown, answer = demonstration(generic_example(rng, task, held_out), cot).rsplit(
         "A: Let's think step by step.\n" if cot else "A: ", 1)
     question = shown + ("A: Let's think step by step." if cot else "A:")
-    if kind == "prompted":
+    if kind == "generic in context":
         shown = generic[task][0]
         if rng.random() < 0.4:
             shown = [generic_example(rng, task, held_out) for _ in range(3)]
         question = f"{generic_prompt(task, shown, cot)}\n\n{question}"
     return question, answer
-
-# --- pretraining ---
 
 @torch.no_grad()
 def point_heads(model, strength=5.0):
@@ -293,29 +275,19 @@ def new_model(tokenizer, width):
         d_ff=7 * width // 4, num_layers=3, num_decoder_layers=2, dropout_rate=0.0,
         feed_forward_proj="gated-gelu"))
 
-def train(model, tokenizer, draw, steps, unfinished, stop=None):
-    """Train by likelihood with AdamW, linear warm-up and cosine decay. The file `unfinished` keeps
-    the state every SAVE_EVERY steps. stop: the step to stop at, for tests.
-
-    Embeddings and position biases have a higher learning rate, because their values are larger. (T5
-    was trained by Adafactor, whose steps are relative to each matrix.) The model learns to find and
-    copy words much sooner then."""
+def train(model, tokenizer, draw, steps):
+    """Train by likelihood with AdamW, linear warm-up and cosine decay. Embeddings and position
+    biases have a higher learning rate, because their values are larger. (T5 was trained by
+    Adafactor, whose steps are relative to each matrix.) The model learns to find words sooner."""
     groups = {1: [], 4: []}
     for name, parameter in model.named_parameters():
         is_large = "relative_bias" in name or parameter is model.shared.weight
         groups[4 if is_large else 1].append(parameter)
     groups = [{"params": params, "scale": scale} for scale, params in groups.items()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
-    rng, first = random.Random(SEED + 2), 0
-    if unfinished.exists():
-        state = torch.load(unfinished)
-        first = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        rng.setstate(state["rng"])
+    rng, mean = random.Random(SEED + 2), 0
     model.train()
-    start, mean = time.time(), 0
-    for step in range(first, stop or steps):
+    for step in range(steps):
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * LEARNING_RATE * min((step + 1) / 100, cosine)
@@ -332,32 +304,30 @@ def train(model, tokenizer, draw, steps, unfinished, stop=None):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        mean += (loss.item() - mean) / min(step - first + 1, 100)
-        if (step + 1) % SAVE_EVERY == 0:
-            print(f"{unfinished.stem} step {step + 1}/{steps}  loss {mean:.3f}  "
-                  f"{time.time() - start:.0f} s", flush=True)
-            torch.save({"step": step + 1, "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(), "rng": rng.getstate()},
-                       unfinished.with_suffix(".tmp"))
-            unfinished.with_suffix(".tmp").replace(unfinished)
+        mean += (loss.item() - mean) / min(step + 1, 100)
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}/{steps}  loss {mean:.3f}", flush=True)
 
 def pretrain(size):
-    """Train raw-SIZE/ on plain text, and from there tuned-SIZE/ on instructions."""
+    """Train raw-SIZE/ on plain text, unless it exists, and from there tuned-SIZE/."""
     torch.manual_seed(SEED)
-    torch.set_num_threads(1)  # sums have one order: the same weights in every run
+    torch.set_num_threads(1)  # sums have one order
     sets, generic = make_problems()
     held_out = {example[0] for _, examples in generic.values() for example in examples}
     held_out |= {s.question for stories in sets.values() for s in stories}
     tokenizer = Tokenizer(HERE / "spiece.model")
     model = new_model(tokenizer, WIDTHS[size])
     point_heads(model)
-    print(f"{size}: {sum(p.numel() for p in model.parameters()):,} parameters")
-    for name, draw, steps in (("raw", plain_text, RAW_STEPS), ("tuned", instruction, TUNE_STEPS)):
+    in_context = functools.partial(instruction, chains_in_context=1.0)
+    for name, draw, steps in (("raw", plain_text, RAW_STEPS), ("tuned", instruction, TUNE_STEPS),
+                              ("tuned", in_context, IN_CONTEXT_STEPS)):
         folder = HERE / f"{name}-{size}"
-        batches = functools.partial(draw, generic=generic, held_out=held_out)
-        train(model, tokenizer, batches, steps, HERE / f"{folder.name}.part")
-        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)  # half the bytes of fp32
-        tokenizer.save(folder)
+        if name == "tuned" or not folder.exists():
+            print(f"{folder.name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+            train(model, tokenizer, functools.partial(draw, generic=generic, held_out=held_out),
+                  steps)
+            model.bfloat16().save_pretrained(folder)  # half the bytes of fp32
+            tokenizer.save(folder)
         model = T5.from_pretrained(folder)
 
 def main():

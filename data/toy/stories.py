@@ -1,7 +1,4 @@
-"""The toy world's problems: stories with their equations, and generic tasks without numbers.
-
-Everything is drawn with the random.Random that the caller passes.
-"""
+"""The toy world's problems: stories with their equations, and generic tasks without numbers."""
 
 import itertools
 import re
@@ -155,13 +152,6 @@ class Story:
         """Return body and question."""
         return f"{self.body} {self.ask}"
 
-def solve(equations):
-    """Return the results of equations: ((12, "+", 5), ("p", "-", 3)) -> (17, 14)."""
-    results = {}
-    for letter, (x, op, y) in zip("pqr", equations):
-        results[letter] = OPERATIONS[op](results.get(x, x), results.get(y, y))
-    return tuple(results.values())
-
 def fill(rng, template, gain, lose):
     """Fill a template's blanks at random; return (text, {blank: value})."""
 
@@ -188,7 +178,10 @@ def story(rng, templates, gain, lose):
         template, equations = rng.choice(templates)
         text, value = fill(rng, template, gain, lose)
         equations = tuple((value.get(x, x), op, value.get(y, y)) for x, op, y in equations.split())
-        results = solve(equations)
+        known = {}
+        for letter, (x, op, y) in zip("pqr", equations):
+            known[letter] = OPERATIONS[op](known.get(x, x), known.get(y, y))
+        results = tuple(known.values())
         if all(0 < result <= LIMIT for result in results):
             body, ask = re.match(r"(.*\.)[ |]?(.*)", text).groups()
             numbers = tuple(int(n) for n in re.findall(r"\d+", text))
