@@ -367,8 +367,9 @@ def test_plots_are_written(command, tmp_path):
     reference("matplotlib")
     command(ev, TOY / "tuned-0.1M", TOY / "tuned-0.04M", "--plot", "scaling.png", "--data", TOY,
             "--tasks", "svamp,bbh", "--limit", 2, "--max-new-tokens", 2, "--device", "cpu")
-    (tmp_path / "log.jsonl").write_text(
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text(
         '{"step": 0, "accuracy": {"SVAMP": [0.5, 0.02]}}\n{"step": 1, "loss": {}}\n')
-    command(ev, "log.jsonl", "--plot", "curves.png")
+    command(ev, "run", "--plot", "curves.png")
     for name in ("scaling.png", "curves.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
