@@ -220,7 +220,7 @@ def test_a_damaged_pickle_or_one_without_a_list_is_an_error(tmp_path):
             list(read_list(tmp_path / "p.pkl"))
 
 def test_items_are_not_kept_after_they_are_handed_out(tmp_path):
-    write(tmp_path, "p.pkl", [[(str(i), j / 7) for j in range(9)] for i in range(6000)])
+    write(tmp_path, "p.pkl", [[(str(i), j / 7) for j in range(9)] for i in range(20000)])
     def peak(read):
         tracemalloc.start()
         read(read_list(tmp_path / "p.pkl"))

@@ -26,7 +26,7 @@ from t5 import EOS, PAD, T5, UserError, load_pretrained
 SMALL = TOY / "tuned-0.04M"
 BRIEF = (f"--model {SMALL} --teacher teacher.jsonl --micro-batch-size 2 2 4 4 --steps 4 "
          "--checkpoint-every 4 --validation-limit 1 --bbh-limit 0 --test-limit 1 --skip-bbh "
-         "--max-new-tokens 4").split()
+         "--max-new-tokens 4 --format-shares 1 1 1 1 --solutions-per-question 40").split()
 SIZES = dict(zip(FORMATS.values(), (2, 3, 4, 7)))
 ALL = dict.fromkeys(FORMATS.values(), 1)
 load_once = functools.cache(ev.load)
